@@ -1,0 +1,7 @@
+"""The channel groups of any model, found by running labels through its exported ATen graph."""
+
+from compress.graph.groups import ChannelGraph, Frozen, Group, Producer, Slices
+from compress.graph.rules import rule
+from compress.graph.tracing import trace
+
+__all__ = ["ChannelGraph", "Frozen", "Group", "Producer", "Slices", "rule", "trace"]

@@ -1,0 +1,231 @@
+"""From a model to its channel graph: capture, walk, and a trial removal that shows whether the walk was right."""
+
+import copy
+import difflib
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from compress.errors import InputError
+from compress.graph import layers  # noqa: F401  (fills the operator table)
+from compress.graph.groups import ChannelGraph, Slot, groups_of
+from compress.graph.rules import RULES
+from compress.graph.walk import Walk
+from compress.removal import keep_slices
+
+logger = logging.getLogger(__name__)
+
+_TRIAL_FRACTION = 1 / 3
+"""Part of every group's channels that the trial removes; not a half, or equal parts would go unnoticed."""
+
+
+def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any], *, ignore: Sequence[str] = ()) -> ChannelGraph:
+    """Find the channel groups of `model`.
+
+    The model itself is not run and not changed: a copy made of fake tensors is exported (`torch.export`), its ATen
+    graph is walked (`compress.graph.walk`), and a third of the channels of every group is removed from a second such
+    copy, which is exported and walked again. A group whose trial does not give the network that was expected, because
+    the forward pass takes a size from an attribute or cuts a tensor at another place than before, is frozen and named.
+
+    Args:
+        example_inputs: the forward pass's positional arguments; a tensor is one argument. Values do not matter.
+        ignore: names of modules whose output channels stay; a name covers everything inside the module.
+
+    Raises:
+        InputError: `torch.export` cannot capture the model, or `ignore` names no module.
+    """
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    check_ignore(model, ignore)
+    graph = _first_walk(model, inputs, ignore)
+    graph = graph.without(_unprunable(graph))
+    while graph.groups:
+        broken = _trial(model, inputs, graph)
+        if not broken:
+            break
+        graph = graph.without(broken)
+    for operator, nodes in graph.operators_without_rule.items():
+        logger.warning("operator %s has no rule (%d uses): what it touches is not pruned", operator, len(nodes))
+    return graph
+
+
+def _unprunable(graph: ChannelGraph) -> dict[str, str]:
+    reasons = {}
+    for name, group in graph.groups.items():
+        if group.width == 1:
+            reasons[name] = "all its channels are tied to one"
+        elif not group.consumers and not group.gates:
+            reasons[name] = "no layer reads it"
+        elif not group.gates:
+            reasons[name] = "no trainable parameter gates it"
+    return reasons
+
+
+def check_ignore(model: nn.Module, ignore: Sequence[str]) -> None:
+    """Raise InputError for a name in `ignore` that is no module or parameter of the model."""
+    names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    for name in ignore:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise InputError(f"ignore names {name!r}, but the model has no module or parameter of that name{hint}")
+
+
+def covers(ignore: Sequence[str], layer: str) -> bool:
+    """Whether a layer is named by `ignore` or lies inside a module that is."""
+    return any(layer == name or layer.startswith(f"{name}.") for name in ignore)
+
+
+def _skeleton(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode whose parameters and buffers are fake tensors: shapes without storage."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(mode.from_tensor(parameter.detach()), parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = mode.from_tensor(buffer.detach())
+    copied = copy.deepcopy(model, memo)
+    copied.__dict__["_espalier_mode"] = mode
+    return copied.eval()
+
+
+def _fake(skeleton: nn.Module, inputs: tuple[Any, ...], copies: int = 1) -> tuple[FakeTensorMode, tuple[Any, ...]]:
+    mode: FakeTensorMode = skeleton.__dict__["_espalier_mode"]
+
+    def convert(tensor: Tensor) -> Tensor:
+        fake = mode.from_tensor(tensor.detach())
+        return torch.cat([fake] * copies) if copies > 1 and tensor.dim() else fake
+
+    return mode, torch.utils._pytree.tree_map_only(Tensor, convert, inputs)
+
+
+def _walk(skeleton: nn.Module, inputs: tuple[Any, ...], ignore: Sequence[str]) -> ChannelGraph:
+    """Export and walk; once more as the network trains, where evaluation leaves layers out (auxiliary heads)."""
+    walk = Walk(RULES)
+    with torch.no_grad():
+        program = torch.export.export(skeleton, _fake(skeleton, inputs)[1])
+        walk.run(program)
+        live = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
+        used = {name for node, name in program.graph_signature.inputs_to_parameters.items() if node in live}
+        if used < {name for name, _ in skeleton.named_parameters()}:
+            # Two images, for normalisation in training mode refuses a single value per channel.
+            skeleton.train()
+            walk.run(torch.export.export(skeleton, _fake(skeleton, inputs, copies=2)[1]), counting=False)
+            skeleton.eval()
+    walk.ignore(lambda layer: covers(ignore, layer))
+    return groups_of(walk)
+
+
+def _first_walk(model: nn.Module, inputs: tuple[Any, ...], ignore: Sequence[str]) -> ChannelGraph:
+    skeleton = _skeleton(model)
+    try:
+        graph = _walk(skeleton, inputs, ignore)
+    except Exception as error:
+        raise InputError(
+            f"torch.export cannot capture the model: {first_line(error)}; check that the example input fits, or try "
+            "graph='torch-pruning'."
+        ) from error
+    shapes = {name: parameter.shape for name, parameter in skeleton.named_parameters()}
+    mode, fake = _fake(skeleton, inputs)
+    with torch.no_grad(), mode, FlopCounterMode(display=False) as counter:
+        skeleton(*fake)
+    batch = next((leaf.shape[0] for leaf in torch.utils._pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)), 1)
+    weighted = sum(count * shapes[name].numel() for name, count in graph.uses.items() if name in shapes)
+    graph.other_macs = max(0.0, counter.get_total_flops() / 2 / batch - weighted)
+    return graph
+
+
+def _trial(model: nn.Module, inputs: tuple[Any, ...], graph: ChannelGraph) -> dict[str, str]:
+    """Remove a third of every group from a skeleton; group name -> why it must be frozen."""
+    names = list(graph.groups)
+    try:
+        return _mismatch(model, inputs, graph, names)
+    except Exception as error:  # noqa: BLE001  a forward pass on wrong shapes fails in any way
+        reason = f"the forward pass does not follow its widths: {first_line(error)}"
+        return dict.fromkeys(_breaking(model, inputs, graph, names), reason)
+
+
+def _mismatch(model: nn.Module, inputs: tuple[Any, ...], graph: ChannelGraph, names: Sequence[str]) -> dict[str, str]:
+    """Groups among `names` that a walk over the smaller network does not find again."""
+    smaller = copy.copy(graph)
+    smaller.groups, smaller.sizes = dict(graph.groups), dict(graph.sizes)
+    skeleton = _shrink(model, smaller, names)
+    found = _numbered(_walk(skeleton, inputs, ()))
+    owner: dict[int, str] = {}
+    partners: dict[int, set[int]] = {}
+    broken: set[str] = set()
+    for slot, expected in _numbered(smaller, owner).items():
+        actual = found.get(slot)
+        if actual is None or len(actual) != len(expected):
+            broken.update(owner[one] for one in expected.unique().tolist() if one in owner)
+            continue
+        for one, other in torch.stack([expected, actual]).unique(dim=1).T.tolist():
+            if one in owner and other < 0:
+                broken.add(owner[one])
+            partners.setdefault(other, set()).add(one)
+            if one in owner:
+                partners.setdefault(~one - 1, set()).add(other)
+    for key, ones in partners.items():
+        if len(ones) > 1 and key >= 0:
+            broken.update(owner[one] for one in ones if one in owner)
+        elif len(ones) > 1 and key < -1:
+            broken.add(owner[~(key + 1)])
+    reason = "after a removal the forward pass cuts its tensors at other places"
+    return {name: reason for name in graph.groups if name in broken and name in names}
+
+
+def _numbered(graph: ChannelGraph, owner: dict[int, str] | None = None) -> dict[Slot, Tensor]:
+    """(tensor, dim) -> a number for the channel at each position, -1 for frozen; `owner` receives number -> group."""
+    numbers: dict[Slot, Tensor] = {}
+    start = 0
+    for name, group in graph.groups.items():
+        for part in group.slices:
+            slot = (part.tensor, part.dim)
+            line = numbers.setdefault(slot, torch.full((graph.sizes[slot],), -1))
+            line[part.positions] = start + part.channels
+        if owner is not None:
+            owner.update(dict.fromkeys(range(start, start + group.width), name))
+        start += group.width
+    return numbers
+
+
+def _shrink(model: nn.Module, graph: ChannelGraph, names: Sequence[str]) -> nn.Module:
+    """A skeleton of `model` without a random third of the channels of the named groups; `graph` follows."""
+    random = torch.Generator().manual_seed(0)
+    removals = {}
+    for name in names:
+        width = graph.groups[name].width
+        count = min(width - 1, max(1, round(width * _TRIAL_FRACTION)))
+        removals[name] = torch.randperm(width, generator=random)[:count].sort().values
+    skeleton = _skeleton(model)
+    keep = graph.remove(removals)
+    with skeleton.__dict__["_espalier_mode"]:
+        keep_slices(skeleton, keep)
+    return skeleton
+
+
+def _breaking(model: nn.Module, inputs: tuple[Any, ...], graph: ChannelGraph, names: Sequence[str]) -> list[str]:
+    """The groups whose removal, each by itself, makes the forward pass fail; halves the candidates."""
+    smaller = copy.copy(graph)
+    smaller.groups, smaller.sizes = dict(graph.groups), dict(graph.sizes)
+    skeleton = _shrink(model, smaller, names)
+    try:
+        _walk(skeleton, inputs, ())
+    except Exception:  # noqa: BLE001  a forward pass on wrong shapes fails in any way
+        if len(names) == 1:
+            return list(names)
+        half = len(names) // 2
+        first = _breaking(model, inputs, graph, names[:half])
+        second = _breaking(model, inputs, graph, names[half:])
+        return first + second or list(names)
+    return []
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that says something, without its full stop."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")

@@ -1,0 +1,154 @@
+"""Removing slices of parameters and buffers from a live model, in place, with gradients and optimizer state.
+
+Parameter objects keep their identity: an optimizer, an average of weights or a user's own reference goes on working.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import WorkError
+
+Slot = tuple[str, int]
+
+_RECORD = "_espalier_kept"
+
+ShapeUpdate = Callable[[Any], None]
+SHAPE_UPDATES: dict[type[nn.Module], ShapeUpdate] = {}
+"""Module type -> function that sets the sizes which the module keeps as attributes from its tensors' shapes."""
+
+U = TypeVar("U", bound=ShapeUpdate)
+
+
+def shape_update(*types: type[nn.Module]) -> Callable[[U], U]:
+    """Register how the size attributes of these modules follow from their tensors; a subclass inherits it."""
+
+    def register(function: U) -> U:
+        SHAPE_UPDATES.update(dict.fromkeys(types, function))
+        return function
+
+    return register
+
+
+@shape_update(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def _convolution(module: nn.Conv2d) -> None:
+    outputs, inputs = module.weight.shape[:2]
+    if module.groups == module.in_channels and module.groups > 1:  # depthwise: a group is an input channel
+        module.groups = outputs // (module.out_channels // module.in_channels)
+    module.in_channels, module.out_channels = inputs * module.groups, outputs
+
+
+@shape_update(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+def _transposed_convolution(module: nn.ConvTranspose2d) -> None:
+    module.in_channels, module.out_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
+
+
+@shape_update(nn.Linear)
+def _linear(module: nn.Linear) -> None:
+    module.out_features, module.in_features = module.weight.shape
+
+
+@shape_update(nn.modules.batchnorm._NormBase)
+def _batch_norm(module: nn.BatchNorm2d) -> None:
+    tensor = module.weight if module.weight is not None else module.running_mean
+    if tensor is not None:
+        module.num_features = len(tensor)
+
+
+@shape_update(nn.PReLU)
+def _prelu(module: nn.PReLU) -> None:
+    module.num_parameters = len(module.weight)
+
+
+def update_shapes(module: nn.Module) -> None:
+    """Set a module's size attributes from its tensors."""
+    for ancestor in type(module).__mro__:
+        if ancestor in SHAPE_UPDATES:
+            SHAPE_UPDATES[ancestor](module)
+            return
+
+
+def keep_slices(model: nn.Module, keep: Mapping[Slot, Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Cut every named tensor of `model` down to the positions kept.
+
+    Args:
+        model: changed in place; what was kept is added to its record (`kept_slices`).
+        keep: (parameter or buffer, dimension) -> ascending positions to keep, int64.
+        optimizer: its state (momentum, moments) is cut alike.
+
+    Raises:
+        WorkError: the optimizer holds a state tensor of a shape that says nothing of channels. Nothing is changed then.
+    """
+    by_tensor: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    for (name, dim), positions in keep.items():
+        by_tensor[name][dim] = positions
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if optimizer is not None:
+        _check_state(optimizer, {name: tensors[name] for name in by_tensor})
+    sizes = {(name, dim): tensors[name].shape[dim] for name, dim in keep}
+    owners = set()
+    for name, cuts in by_tensor.items():
+        _cut(tensors[name], cuts, optimizer)
+        owners.add(name.rpartition(".")[0])
+    for owner in owners:
+        update_shapes(model.get_submodule(owner))
+    record = _record(model)
+    for slot, positions in keep.items():
+        size, earlier = record.get(slot, (sizes[slot], None))
+        record[slot] = (size, positions.clone() if earlier is None else earlier[positions])
+    setattr(model, _RECORD, record)
+
+
+def kept_slices(model: nn.Module) -> dict[Slot, Tensor]:
+    """(tensor, dimension) -> positions of the model as it was built that are still there; empty for a dense model."""
+    return {slot: positions for slot, (_, positions) in _record(model).items()}
+
+
+def dense_sizes(model: nn.Module) -> dict[Slot, int]:
+    """(tensor, dimension) -> its size in the model as it was built, for every dimension that was cut."""
+    return {slot: size for slot, (size, _) in _record(model).items()}
+
+
+def _record(model: nn.Module) -> dict[Slot, tuple[int, Tensor]]:
+    return dict(getattr(model, _RECORD, {}))
+
+
+def _cut(tensor: Tensor, cuts: Mapping[int, Tensor], optimizer: torch.optim.Optimizer | None) -> None:
+    gradient, state = tensor.grad, {}
+    if optimizer is not None:
+        state = optimizer.state.get(tensor, {})
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == tensor.shape and value.dim():
+            state[key] = _selected(value, cuts)
+    tensor.grad = None  # its shape is checked against the tensor's
+    selected = _selected(tensor.data, cuts)
+    if tensor.requires_grad:
+        # A loss that is still alive holds the tensor's gradient accumulator, which remembers the old shape. A change
+        # of type makes autograd replace it.
+        other = torch.float32 if tensor.dtype == torch.float64 else torch.float64
+        tensor.data = torch.empty(0, dtype=other, device=tensor.device)
+    tensor.data = selected
+    if gradient is not None:
+        tensor.grad = _selected(gradient, cuts)
+
+
+def _selected(tensor: Tensor, cuts: Mapping[int, Tensor]) -> Tensor:
+    channels_last = (
+        tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
+    for dim, positions in cuts.items():
+        tensor = tensor.index_select(dim, positions.to(tensor.device))
+    return tensor.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _check_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        for key, value in optimizer.state.get(tensor, {}).items():
+            if isinstance(value, Tensor) and value.numel() > 1 and value.shape != tensor.shape:
+                raise WorkError(
+                    f"{type(optimizer).__name__} keeps {key} of shape {tuple(value.shape)} for {name} of shape "
+                    f"{tuple(tensor.shape)}, which cannot be cut by channel: use SGD, Adam or AdamW while pruning."
+                )
