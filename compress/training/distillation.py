@@ -1,0 +1,61 @@
+"""The loss a network is trained with: cross-entropy, and what it learns from a dense teacher."""
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+
+class Distillation(BaseModel):
+    """How much the student follows its teacher (Hinton et al. 2015, arXiv 1503.02531, section 2)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weight: float = Field(0.5, gt=0, le=1, description="share of the teacher in the loss; labels have the rest")
+    temperature: float = Field(
+        4.0, gt=0, allow_inf_nan=False, description="divides the logits of both networks before the softmax"
+    )
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T² · KL(softmax(teacher / T) ‖ softmax(student / T)), in nats, averaged over the batch.
+
+    The factor T² keeps the gradients of the same size at every temperature (Hinton et al. 2015, section 2).
+
+    Args:
+        student: logits (N, classes); gradients flow through these alone.
+        teacher: logits (N, classes).
+    """
+    divergence = F.kl_div(
+        F.log_softmax(student / temperature, dim=1),
+        F.log_softmax(teacher / temperature, dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return temperature**2 * divergence
+
+
+def training_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    distillation: Distillation | None = None,
+    teacher_logits: Tensor | None = None,
+) -> Tensor:
+    """(1 - weight) · cross-entropy + weight · distillation loss; cross-entropy alone without a teacher.
+
+    Computed in float32 whatever the precision of the logits, for a softmax in half precision loses small
+    terms.
+
+    Args:
+        logits: (N, classes).
+        labels: class indices, int64 (N,).
+        label_smoothing: share of the target spread evenly over all classes (Szegedy et al. 2016, section 7).
+    """
+    logits = logits.to(torch.float32)
+    cross_entropy = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    if distillation is None or teacher_logits is None:
+        return cross_entropy
+    taught = distillation_loss(logits, teacher_logits.to(torch.float32), distillation.temperature)
+    return (1 - distillation.weight) * cross_entropy + distillation.weight * taught

@@ -1,0 +1,120 @@
+"""Do the data fit the model? Asked of a few images before hours of training depend on it."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from compress.errors import InputError
+from compress.training.placement import evaluation_mode
+
+
+def check_fit(model: nn.Module, loader: Iterable[Any], *, classes: Sequence[str] | None = None) -> None:
+    """Run the first images of `loader` through `model`; check images, labels and outputs against each other.
+
+    Args:
+        loader: yields (images, labels); its dataset's labels are all checked where it lists them (`targets`,
+        or a `TensorDataset`), else those of the first batch. classes: names of the data's classes; the model
+        must then have one output for each.
+
+    Raises:
+        InputError: something does not fit; the message names the recipe key to change.
+    """
+    images, labels = _first_batch(loader)
+    outputs = _outputs(model, images[:2])
+    labels = _all_labels(loader, labels)
+    if classes is not None and len(classes) != outputs:
+        raise InputError(
+            f"The model has {outputs} outputs but the data have {len(classes)} classes: "
+            f"set model.num_classes: {len(classes)}."
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0:
+        raise InputError(f"The labels go down to {low} but must count from 0: correct what data.source returns.")
+    if high >= outputs:
+        raise InputError(
+            f"The model has {outputs} outputs but the labels go up to {high}: set model.num_classes: {high + 1}."
+        )
+
+
+def _first_batch(loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
+    """First (images, labels), checked by themselves: types, shapes, number."""
+    batch = next(iter(loader), None)
+    if batch is None:
+        raise InputError(
+            "The data loader yields no batch: data.source is empty, or smaller than one batch that must be "
+            "full; give more images or a smaller data.batch_size."
+        )
+    if not (isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
+        raise InputError("The data loader must yield pairs of tensors (images, labels): correct data.source.")
+    images, labels = batch
+    if not images.is_floating_point():
+        raise InputError(
+            f"The images have the type {images.dtype} but must be floating point, scaled and normalised: "
+            "convert them in what data.source names."
+        )
+    if labels.dtype != torch.int64:
+        raise InputError(
+            f"The labels have the type {labels.dtype} but must be int64 class indices: convert them in what "
+            "data.source names."
+        )
+    if labels.shape != images.shape[:1] or len(labels) == 0:
+        raise InputError(
+            f"The labels have the shape {_by(labels.shape)} for {len(images)} images but must be one class "
+            "index per image: correct what data.source returns."
+        )
+    return images, labels
+
+
+def _outputs(model: nn.Module, images: Tensor) -> int:
+    """Number of outputs of `model` for these images, from a forward pass in evaluation mode."""
+    met: list[tuple[nn.Conv2d, int]] = []  # convolutions in the order met, with the channels that reached them
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if isinstance(module, nn.Conv2d):
+            met.append((module, inputs[0].shape[1]))
+
+    size = _by(images.shape[1:])
+    parameter = next(model.parameters(), images)
+    hooks = [m.register_forward_pre_hook(note) for m in model.modules() if isinstance(m, nn.Conv2d)]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(), evaluation_mode(model):
+            output = model(images.to(parameter.device))
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        if len(met) == 1 and met[0][0].in_channels != met[0][1]:
+            wanted, given = met[0][0].in_channels, met[0][1]
+            raise InputError(
+                f"The model takes images of {wanted} channels but the data have {given}: set "
+                f"model.in_channels: {given} where the model offers it, or choose another data.source."
+            ) from error
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        raise InputError(
+            f"The model cannot take images of {size} ({reason}): set data.image_size to a size it takes."
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(images):
+        found = f"a tensor of {_by(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise InputError(
+            f"The model returns {found} for {len(images)} images but must return logits of (images, "
+            "classes): choose an image classifier as model.factory."
+        )
+    return output.shape[1]
+
+
+def _all_labels(loader: Iterable[Any], first: Tensor) -> Tensor:
+    """All labels of the loader's dataset where it keeps them in one place, else those of the first batch."""
+    dataset = getattr(loader, "dataset", None)
+    if isinstance(dataset, TensorDataset):
+        return dataset.tensors[-1]
+    targets = getattr(dataset, "targets", None)
+    if isinstance(targets, Tensor | list) and len(targets) > 0:
+        return torch.as_tensor(targets)
+    return first
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(str(size) for size in shape)
