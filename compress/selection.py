@@ -92,7 +92,7 @@ def select(
 
 def _blocks(name: str, scores: Tensor, step: int, min_channels: int) -> list[_Block]:
     """Blocks of one group in the order in which they may go, the least important channels first."""
-    order = torch.argsort(scores, stable=True).tolist()
+    order, values = torch.argsort(scores, stable=True).tolist(), scores.tolist()
     smallest = max(step, -(-min_channels // step) * step)
     blocks: list[_Block] = []
     start = 0
@@ -100,7 +100,7 @@ def _blocks(name: str, scores: Tensor, step: int, min_channels: int) -> list[_Bl
         width = len(order) - start
         end = start + (width % step or step)
         channels = order[start:end]
-        score = sum(float(scores[channel]) for channel in channels) / len(channels)
+        score = sum(values[channel] for channel in channels) / len(channels)
         # A block can go only after those before it, whose mean is smaller or, for a short first block, may not be.
         blocks.append(_Block(name, max(score, blocks[-1].score if blocks else score), tuple(channels)))
         start = end

@@ -79,7 +79,7 @@ class Importance(ABC):
     def observe(self) -> None:
         """Take in one minibatch; call after `backward()`."""
         measured = self._measure()
-        self._sum = measured if self._sum is None else self._sum + measured
+        self._sum = measured if self._sum is None else self._sum.to(measured.device) + measured
         self.minibatches += 1
 
     def scores(self) -> dict[str, Tensor]:
@@ -93,7 +93,7 @@ class Importance(ABC):
         mean = self._sum / self.minibatches
         average = mean
         if self._average is not None:
-            average = self.momentum * self._average + (1 - self.momentum) * mean
+            average = self.momentum * self._average.to(mean.device) + (1 - self.momentum) * mean
         scores = dict(zip(self.graph.groups, average.split(list(self.graph.widths.values())), strict=True))
         for name, values in scores.items():
             if not bool(torch.isfinite(values).all()):

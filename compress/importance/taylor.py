@@ -26,12 +26,13 @@ class Taylor(Importance):
     def __init__(self, model: nn.Module, graph: ChannelGraph, *, momentum: float = 0.9) -> None:
         super().__init__(model, graph, momentum=momentum)
         self._parameters = dict(model.named_parameters())
-        self._plan: list[tuple[str, int, Tensor, Tensor]] | None = None
+        self._plan: list[tuple[str, int, Tensor, Tensor]] = []
+        self._planned_for: torch.device | None = None
 
     def _measure(self) -> Tensor:
-        if self._plan is None:
-            self._plan = self._planned()
         device = next(iter(self._parameters.values())).device
+        if device != self._planned_for:
+            self._plan, self._planned_for = self._planned(device), device
         gate = torch.zeros(sum(self.graph.widths.values()), dtype=torch.float64, device=device)
         # One product and one sum for each parameter, then one scatter for all channels of all groups.
         parts = []
@@ -50,32 +51,25 @@ class Taylor(Importance):
             gate.index_add_(0, torch.cat([channels for *_, channels in self._plan]), torch.cat(parts))
         return gate.square_()
 
-    def _planned(self) -> list[tuple[str, int, Tensor, Tensor]]:
+    def _planned(self, device: torch.device) -> list[tuple[str, int, Tensor, Tensor]]:
         """(parameter, dim, positions along dim or empty for all in order, their channel's place in the flat result)."""
         plan = []
         start = 0
         for group in self.graph.groups.values():
             for part in group.slices:
                 if (part.tensor, part.dim) in group.gates:
-                    parameter = self._parameters[part.tensor]
-                    size = parameter.shape[part.dim]
+                    size = self._parameters[part.tensor].shape[part.dim]
                     in_order = len(part.positions) == size and bool((part.positions == torch.arange(size)).all())
                     positions = torch.empty(0, dtype=torch.int64) if in_order else part.positions
-                    plan.append(
-                        (
-                            part.tensor,
-                            part.dim,
-                            positions.to(parameter.device),
-                            (start + part.channels).to(parameter.device),
-                        )
-                    )
+                    channels = start + part.channels
+                    plan.append((part.tensor, part.dim, positions.to(device), channels.to(device)))
             start += group.width
         return plan
 
     def removed(self, removals: Mapping[str, Tensor], widths: Mapping[str, int]) -> None:
         super().removed(removals, widths)
-        self._plan = None
+        self._planned_for = None
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._plan = None
+        self._planned_for = None
