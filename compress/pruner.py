@@ -249,7 +249,8 @@ def _tracer(graph: str) -> Any:
     if graph == "export":
         return trace
     if graph == "torch-pruning":
-        from compress.graph import second_opinion
+        # Imported where it is used: it loads Torch-Pruning.
+        from compress.graph.second_opinion import trace as second_trace
 
-        return second_opinion.trace
+        return second_trace
     raise InputError(f"graph is {graph!r}, but must be 'export' or 'torch-pruning'.")

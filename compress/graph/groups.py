@@ -215,10 +215,10 @@ def _alike(
     pairs, counts = np.unique(np.stack([dense, slot_of]), axis=1, return_counts=True)
     # A channel's signature is the sum of one random 64-bit number for each (slot, count) of its own.
     kinds, kind = np.unique(np.stack([pairs[1], counts]), axis=1, return_inverse=True)
-    numbers = np.random.default_rng(0).integers(1, 2**63, size=kinds.shape[1], dtype=np.uint64)
+    numbers = np.random.default_rng(0).integers(1, 2**63, size=(kinds.shape[1],), dtype=np.uint64)
     signature = np.zeros(int(dense.max()) + 1, dtype=np.uint64)
     np.add.at(signature, pairs[0], numbers[kind.ravel()])
-    _, first, group = (np.asarray(part) for part in np.unique(signature[dense], return_index=True, return_inverse=True))
+    _, first, group = np.unique(signature[dense], return_index=True, return_inverse=True)
     order = np.argsort(group, kind="stable")
     bounds = np.searchsorted(group[order], np.arange(len(first) + 1))
     members = [order[bounds[index] : bounds[index + 1]] for index in np.argsort(first).tolist()]
