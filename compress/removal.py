@@ -16,15 +16,16 @@ Slot = tuple[str, int]
 
 _RECORD = "_espalier_kept"
 
-ShapeUpdate = Callable[[Any], None]
+ShapeUpdate = Callable[[Any, Tensor | None], None]
 SHAPE_UPDATES: dict[type[nn.Module], ShapeUpdate] = {}
-"""Module type -> function that sets the sizes which the module keeps as attributes from its tensors' shapes."""
+"""Module type -> function that sets the sizes which the module keeps as attributes: it receives the module, its tensors
+cut already, and the positions kept along dimension 0 of its weight, None where that was not cut."""
 
 U = TypeVar("U", bound=ShapeUpdate)
 
 
 def shape_update(*types: type[nn.Module]) -> Callable[[U], U]:
-    """Register how the size attributes of these modules follow from their tensors; a subclass inherits it."""
+    """Register how the size attributes of these modules follow a removal (`SHAPE_UPDATES`); a subclass inherits it."""
 
     def register(function: U) -> U:
         SHAPE_UPDATES.update(dict.fromkeys(types, function))
@@ -34,40 +35,41 @@ def shape_update(*types: type[nn.Module]) -> Callable[[U], U]:
 
 
 @shape_update(nn.Conv1d, nn.Conv2d, nn.Conv3d)
-def _convolution(module: nn.Conv2d) -> None:
+def _convolution(module: nn.Conv2d, kept: Tensor | None) -> None:
     outputs, inputs = module.weight.shape[:2]
-    if module.groups == module.in_channels and module.groups > 1:  # depthwise: a group is an input channel
-        module.groups = outputs // (module.out_channels // module.in_channels)
+    if kept is not None and module.groups > 1:  # a depthwise convolution loses groups, a grouped one none
+        size = module.out_channels // module.groups
+        module.groups = len({position // size for position in kept.tolist()})
     module.in_channels, module.out_channels = inputs * module.groups, outputs
 
 
 @shape_update(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-def _transposed_convolution(module: nn.ConvTranspose2d) -> None:
+def _transposed_convolution(module: nn.ConvTranspose2d, _: Tensor | None) -> None:
     module.in_channels, module.out_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
 
 
 @shape_update(nn.Linear)
-def _linear(module: nn.Linear) -> None:
+def _linear(module: nn.Linear, _: Tensor | None) -> None:
     module.out_features, module.in_features = module.weight.shape
 
 
 @shape_update(nn.modules.batchnorm._NormBase)
-def _batch_norm(module: nn.BatchNorm2d) -> None:
+def _batch_norm(module: nn.BatchNorm2d, _: Tensor | None) -> None:
     tensor = module.weight if module.weight is not None else module.running_mean
     if tensor is not None:
         module.num_features = len(tensor)
 
 
 @shape_update(nn.PReLU)
-def _prelu(module: nn.PReLU) -> None:
+def _prelu(module: nn.PReLU, _: Tensor | None) -> None:
     module.num_parameters = len(module.weight)
 
 
-def update_shapes(module: nn.Module) -> None:
-    """Set a module's size attributes from its tensors."""
+def update_shapes(module: nn.Module, kept: Tensor | None) -> None:
+    """Set a module's size attributes after its tensors were cut."""
     for ancestor in type(module).__mro__:
         if ancestor in SHAPE_UPDATES:
-            SHAPE_UPDATES[ancestor](module)
+            SHAPE_UPDATES[ancestor](module, kept)
             return
 
 
@@ -94,7 +96,7 @@ def keep_slices(model: nn.Module, keep: Mapping[Slot, Tensor], optimizer: torch.
         _cut(tensors[name], cuts, optimizer)
         owners.add(name.rpartition(".")[0])
     for owner in owners:
-        update_shapes(model.get_submodule(owner))
+        update_shapes(model.get_submodule(owner), keep.get((f"{owner}.weight".removeprefix("."), 0)))
     record = _record(model)
     for slot, positions in keep.items():
         size, earlier = record.get(slot, (sizes[slot], None))

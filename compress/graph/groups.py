@@ -111,6 +111,8 @@ class ChannelGraph:
         uses: tensor -> multiply-adds that each of its elements takes part in, for one image.
         other_macs: multiply-adds of one image that no weight takes part in (products of activations).
         operators_without_rule: operator -> the nodes of the exported graph at which it stands.
+        grouped: layers that are grouped convolutions; with one channel left in every group the shape no longer tells
+            them from depthwise ones.
     """
 
     groups: dict[str, Group]
@@ -119,6 +121,7 @@ class ChannelGraph:
     uses: dict[str, float]
     other_macs: float = 0.0
     operators_without_rule: dict[str, list[str]] = field(default_factory=dict)
+    grouped: frozenset[str] = frozenset()
 
     @property
     def widths(self) -> dict[str, int]:
@@ -202,6 +205,7 @@ def groups_of(walk: Walk) -> ChannelGraph:
         sizes,
         dict(walk.uses),
         operators_without_rule=dict(walk.unknown),
+        grouped=frozenset(walk.grouped),
     )
 
 

@@ -40,11 +40,12 @@ def convolution(walk: Walk, node: fx.Node, x: Flow, weight: Any, bias: Any = Non
     if groups == 1:
         walk.consume(layer, weight, 1, x, channels)
         made = walk.new(outputs)
-    elif inputs == 1:
+    elif inputs == 1 and layer not in walk.grouped:
         # Depthwise: output channels stand and fall with their input channel.
         made = channels.repeat_interleave(outputs // groups)
     else:
         # Grouped: every group loses the same positions, so that the groups stay of one size.
+        walk.grouped.add(layer)
         rows = channels.view(groups, inputs)
         walk.join(rows, rows[:1])
         walk.consume(layer, weight, 1, x, rows[0])

@@ -214,9 +214,12 @@ def split(walk: Walk, node: fx.Node, x: Flow, *args: Any, **kwargs: Any) -> list
     parts = applied(node, x.labels, *args, **kwargs)
     position = 0 if node.target is aten.unbind.int else 1
     dim = kwargs.get("dim", args[position] if len(args) > position else 0) % x.labels.dim()
-    if dim in varying(x.labels) and len({part.shape for part in parts}) == 1:
-        for part in parts[1:]:  # parts cut at equal distances stay equal
-            walk.join(parts[0], part)
+    if dim in varying(x.labels):
+        if len({part.shape for part in parts}) == 1:
+            for part in parts[1:]:  # parts cut at equal distances stay equal
+                walk.join(parts[0], part)
+        else:
+            walk.freeze(x.labels, "cut into parts of unequal width, which nothing keeps at their places")
     return [x.moved(spread(part, part.shape)) for part in parts]
 
 
@@ -228,8 +231,11 @@ def cut(walk: Walk, node: fx.Node, x: Any, dim: int = 0, *args: Any, **kwargs: A
     if node.target is aten.slice.Tensor and isinstance(source, fx.Node) and dim % x.labels.dim() in varying(x.labels):
         width, size = labels.shape[dim], x.shape[dim]
         start = int(args[0] or 0) % (size + 1) if args else 0
-        if size % width == 0 and start % width == 0:
+        step = kwargs.get("step", args[2] if len(args) > 2 else 1)
+        if step == 1 and size % width == 0 and start % width == 0:
             walk.join(labels, x.labels.narrow(dim, 0, width))  # x[:, :c], x[:, c:2c], ...: parts of equal width
+        elif step == 1:
+            walk.freeze(x.labels, "cut into parts of unequal width, which nothing keeps at their places")
     return x.moved(spread(labels, labels.shape))
 
 

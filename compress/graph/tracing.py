@@ -20,15 +20,16 @@ from compress.removal import keep_slices
 
 logger = logging.getLogger(__name__)
 
-_TRIAL_FRACTION = 1 / 3
-"""Part of every group's channels that the trial removes; not a half, or equal parts would go unnoticed."""
+_TRIAL_FRACTIONS = (0.2, 0.7)
+"""Between these lies the part of a group's channels that the trial removes. It differs from group to group: equal parts
+of all groups would leave a tensor that is cut at a fraction of its width cut at the right place."""
 
 
 def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any], *, ignore: Sequence[str] = ()) -> ChannelGraph:
     """Find the channel groups of `model`.
 
     The model itself is not run and not changed: a copy made of fake tensors is exported (`torch.export`), its ATen
-    graph is walked (`compress.graph.walk`), and a third of the channels of every group is removed from a second such
+    graph is walked (`compress.graph.walk`), and a part of the channels of every group is removed from a second such
     copy, which is exported and walked again. A group whose trial does not give the network that was expected, because
     the forward pass takes a size from an attribute or cuts a tensor at another place than before, is frozen and named.
 
@@ -47,7 +48,7 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any], *, ignore: S
         broken = _trial(model, inputs, graph)
         if not broken:
             break
-        graph = graph.without(broken)
+        graph = graph.without(_with_siblings(graph, broken))
     for operator, nodes in graph.operators_without_rule.items():
         logger.warning("operator %s has no rule (%d uses): what it touches is not pruned", operator, len(nodes))
     return graph
@@ -103,9 +104,11 @@ def _fake(skeleton: nn.Module, inputs: tuple[Any, ...], copies: int = 1) -> tupl
     return mode, torch.utils._pytree.tree_map_only(Tensor, convert, inputs)
 
 
-def _walk(skeleton: nn.Module, inputs: tuple[Any, ...], ignore: Sequence[str]) -> ChannelGraph:
+def _walk(
+    skeleton: nn.Module, inputs: tuple[Any, ...], ignore: Sequence[str], grouped: frozenset[str] = frozenset()
+) -> ChannelGraph:
     """Export and walk; once more as the network trains, where evaluation leaves layers out (auxiliary heads)."""
-    walk = Walk(RULES)
+    walk = Walk(RULES, grouped=set(grouped))
     with torch.no_grad():
         program = torch.export.export(skeleton, _fake(skeleton, inputs)[1])
         walk.run(program)
@@ -140,7 +143,7 @@ def _first_walk(model: nn.Module, inputs: tuple[Any, ...], ignore: Sequence[str]
 
 
 def _trial(model: nn.Module, inputs: tuple[Any, ...], graph: ChannelGraph) -> dict[str, str]:
-    """Remove a third of every group from a skeleton; group name -> why it must be frozen."""
+    """Remove a part of every group from a skeleton; group name -> why it must be frozen."""
     names = list(graph.groups)
     try:
         return _mismatch(model, inputs, graph, names)
@@ -149,14 +152,25 @@ def _trial(model: nn.Module, inputs: tuple[Any, ...], graph: ChannelGraph) -> di
         return dict.fromkeys(_breaking(model, inputs, graph, names), reason)
 
 
+def _with_siblings(graph: ChannelGraph, broken: dict[str, str]) -> dict[str, str]:
+    """Also the groups with other channels of the same producers: where one is cut wrongly, so may the others be."""
+    reasons = {producer.layer: reason for name, reason in broken.items() for producer in graph.groups[name].producers}
+    found = dict(broken)
+    for name, group in graph.groups.items():
+        for producer in group.producers:
+            if producer.layer in reasons:
+                found.setdefault(name, reasons[producer.layer])
+    return found
+
+
 def _mismatch(model: nn.Module, inputs: tuple[Any, ...], graph: ChannelGraph, names: Sequence[str]) -> dict[str, str]:
     """Groups among `names` that a walk over the smaller network does not find again."""
     smaller = copy.copy(graph)
     smaller.groups, smaller.sizes = dict(graph.groups), dict(graph.sizes)
     skeleton = _shrink(model, smaller, names)
-    found = _numbered(_walk(skeleton, inputs, ()))
+    found = _numbered(_walk(skeleton, inputs, (), graph.grouped))
     owner: dict[int, str] = {}
-    partners: dict[int, set[int]] = {}
+    tied: dict[int, set[int]] = {}  # channel of the new walk -> channels that were expected at its positions
     broken: set[str] = set()
     for slot, expected in _numbered(smaller, owner).items():
         actual = found.get(slot)
@@ -164,16 +178,14 @@ def _mismatch(model: nn.Module, inputs: tuple[Any, ...], graph: ChannelGraph, na
             broken.update(owner[one] for one in expected.unique().tolist() if one in owner)
             continue
         for one, other in torch.stack([expected, actual]).unique(dim=1).T.tolist():
-            if one in owner and other < 0:
+            if other >= 0:
+                tied.setdefault(other, set()).add(one)
+            elif one in owner:
                 broken.add(owner[one])
-            partners.setdefault(other, set()).add(one)
-            if one in owner:
-                partners.setdefault(~one - 1, set()).add(other)
-    for key, ones in partners.items():
-        if len(ones) > 1 and key >= 0:
+    # Fewer ties than expected do no harm: an axis that shrank to 1 ties nothing.
+    for ones in tied.values():
+        if len(ones) > 1:
             broken.update(owner[one] for one in ones if one in owner)
-        elif len(ones) > 1 and key < -1:
-            broken.add(owner[~(key + 1)])
     reason = "after a removal the forward pass cuts its tensors at other places"
     return {name: reason for name in graph.groups if name in broken and name in names}
 
@@ -194,12 +206,14 @@ def _numbered(graph: ChannelGraph, owner: dict[int, str] | None = None) -> dict[
 
 
 def _shrink(model: nn.Module, graph: ChannelGraph, names: Sequence[str]) -> nn.Module:
-    """A skeleton of `model` without a random third of the channels of the named groups; `graph` follows."""
+    """A skeleton of `model` without a random part of the channels of the named groups; `graph` follows."""
     random = torch.Generator().manual_seed(0)
     removals = {}
     for name in names:
         width = graph.groups[name].width
-        count = min(width - 1, max(1, round(width * _TRIAL_FRACTION)))
+        low, high = _TRIAL_FRACTIONS
+        fraction = low + (high - low) * float(torch.rand((), generator=random))
+        count = min(width - 1, max(1, round(width * fraction)))
         removals[name] = torch.randperm(width, generator=random)[:count].sort().values
     skeleton = _skeleton(model)
     keep = graph.remove(removals)

@@ -101,6 +101,7 @@ class Walk:
         direct: names of the gates that stand directly before a consumer.
         uses: weight -> multiply-adds that each of its elements takes part in, for one image.
         unknown: operator without a rule -> the nodes at which it stands.
+        grouped: layers that are grouped convolutions, not depthwise ones.
         count: number of labels given out.
     """
 
@@ -113,6 +114,7 @@ class Walk:
     direct: set[str] = field(default_factory=set)
     uses: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     unknown: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    grouped: set[str] = field(default_factory=set)
     count: int = 0
     _edges: list[Tensor] = field(default_factory=list)
     _frozen: list[tuple[Tensor, str]] = field(default_factory=list)

@@ -107,7 +107,7 @@ def test_users_can_teach_their_own_module() -> None:
             self.size = 4
 
     @shape_update(Scale)
-    def follow(module: Scale) -> None:
+    def follow(module: Scale, kept: torch.Tensor | None) -> None:
         module.size = len(module.weight)
 
     model = nn.Sequential(Scale())
