@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
-from compress.errors import InputError
+from compress.errors import InputError, WorkError
 
 
 @contextmanager
@@ -20,8 +20,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises:
         InputError: the directory cannot be written.
+        WorkError: writing failed, on a full disk for one; an older file of that name stays.
     """
-    path = Path(path)
     make_directory(path.parent)
     try:
         with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix, delete=False) as handle:
@@ -34,6 +34,8 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(handle.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
+    except OSError as error:
+        raise WorkError(f"Writing {path} failed: {error.strerror or error}; free some space and try again.") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -108,7 +108,7 @@ class Loop:
         if not isinstance(logits, Tensor):
             raise InputError(
                 f"The model returns a {type(logits).__name__} in training mode but must return a tensor "
-                "of logits: switch its auxiliary outputs off, as model.aux_logits: false does for Inception."
+                "of logits: switch its auxiliary outputs off, as model.kwargs.aux_logits: false does for Inception."
             )
         loss = training_loss(
             logits,

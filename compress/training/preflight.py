@@ -28,14 +28,14 @@ def check_fit(model: nn.Module, loader: Iterable[Any], *, classes: Sequence[str]
     if classes is not None and len(classes) != outputs:
         raise InputError(
             f"The model has {outputs} outputs but the data have {len(classes)} classes: "
-            f"set model.num_classes: {len(classes)}."
+            f"set model.kwargs.num_classes: {len(classes)}."
         )
     low, high = int(labels.min()), int(labels.max())
     if low < 0:
         raise InputError(f"The labels go down to {low} but must count from 0: correct what data.source returns.")
     if high >= outputs:
         raise InputError(
-            f"The model has {outputs} outputs but the labels go up to {high}: set model.num_classes: {high + 1}."
+            f"The model has {outputs} outputs but the labels go up to {high}: set model.kwargs.num_classes: {high + 1}."
         )
 
 
@@ -87,7 +87,7 @@ def _outputs(model: nn.Module, images: Tensor) -> int:
             wanted, given = met[0][0].in_channels, met[0][1]
             raise InputError(
                 f"The model takes images of {wanted} channels but the data have {given}: set "
-                f"model.in_channels: {given} where the model offers it, or choose another data.source."
+                f"model.kwargs.in_channels: {given} where the model offers it, or choose another data.source."
             ) from error
         reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise InputError(

@@ -40,13 +40,13 @@ def test_data_that_fit_leave_the_model_as_it_was():
         (
             torch.zeros(4, 1, 8, 8),
             LABELS,
-            r"takes images of 3 channels but the data have 1: set model\.in_channels: 1",
+            r"takes images of 3 channels but the data have 1: set model\.kwargs\.in_channels: 1",
         ),
         (torch.zeros(4, 3, 4, 4), LABELS, r"cannot take images of 3x4x4 \(.+\): set data\.image_size"),
         (
             IMAGES,
             torch.tensor([0, 1, 2, 99]),
-            r"10 outputs but the labels go up to 99: set model\.num_classes: 100",
+            r"10 outputs but the labels go up to 99: set model\.kwargs\.num_classes: 100",
         ),
         (IMAGES, torch.tensor([0, -1, 2, 3]), "go down to -1"),
         (IMAGES.to(torch.uint8), LABELS, r"type torch\.uint8 but must be floating point"),
@@ -61,7 +61,7 @@ def test_what_does_not_fit_is_named_with_its_key(images, labels, message):
 
 
 def test_classes_and_outputs_must_agree():
-    with pytest.raises(InputError, match=r"10 outputs but the data have 2 classes: set model\.num_classes: 2"):
+    with pytest.raises(InputError, match=r"10 outputs but the data have 2 classes: set model\.kwargs\.num_classes: 2"):
         check_fit(classifier(), loader_of(IMAGES, LABELS % 2), classes=("cat", "dog"))
 
 
