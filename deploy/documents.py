@@ -1,0 +1,120 @@
+"""The last stage: the outcomes of all stages brought together in `results.json`, `results.csv` and `report.html`."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from benchmarks.harness import (
+    Accuracy,
+    Artefact,
+    BatchMeasurement,
+    BudgetResult,
+    LayerWidths,
+    Pruning,
+    PruningEvent,
+    Results,
+    Runtime,
+    VariantResult,
+    csv_text,
+    report_html,
+)
+from compress.errors import WorkError
+from compress.files import write_text
+from deploy.manifest import tool_versions
+from deploy.run_directory import RunDirectory
+from deploy.stages import TRAININGS, VARIANTS, Run, Variant, seeds
+
+Outcomes = Mapping[str, Mapping[str, Any]]
+NEEDED = (*TRAININGS, "export", "parity", "measure")
+
+
+def report(run: Run) -> dict[str, Any]:
+    """Write the three documents; `results.json` comes last, for a run that has it is complete.
+
+    Raises:
+        WorkError: a stage before this one is not finished.
+    """
+    outcomes: dict[str, Mapping[str, Any]] = {}
+    for stage in NEEDED:
+        outcome = run.directory.outcome(stage)
+        if outcome is None:
+            raise WorkError(f"There is nothing to report yet: the stage {stage} is not finished.")
+        outcomes[stage] = outcome
+    results = assemble(run, outcomes)
+    render(run.directory, results)
+    write_text(run.directory.results, results.to_json())
+    return {}
+
+
+def render(directory: RunDirectory, results: Results) -> None:
+    """Write what follows from the results alone: the table and the page."""
+    write_text(directory.results_csv, csv_text(results))
+    write_text(directory.report, report_html(results))
+
+
+def assemble(run: Run, outcomes: Outcomes) -> Results:
+    """The results document of a run from what its stages recorded."""
+    return Results(
+        created=datetime.now(UTC),
+        recipe=run.recipe.resolved(),
+        seeds={"recipe": run.recipe.seed, **seeds(run.recipe)},
+        environment=outcomes["measure"]["environment"],
+        variants=[_variant(run, variant, outcomes) for variant in VARIANTS],
+        pruning=_pruning(outcomes),
+        training={stage: outcomes[stage]["training"] for stage in TRAININGS},
+        provenance={
+            "command": "espalier run recipe.yaml",
+            "versions": dict(tool_versions()),
+            "checkpoints": {variant: outcomes["export"][variant]["checkpoint_sha256"] for variant in VARIANTS},
+            "stage_seconds": {stage: outcome["seconds"] for stage, outcome in outcomes.items()},
+        },
+    )
+
+
+def _variant(run: Run, variant: Variant, outcomes: Outcomes) -> VariantResult:
+    entry = outcomes["export"][variant]
+    checked = outcomes["parity"][variant]
+    runtime, accuracy = checked["runtime"], checked["accuracy"]
+    counts = outcomes["measure"]["counts"][variant]
+    in_pytorch = outcomes["baseline" if variant == "dense" else "finetune"]["pytorch"]
+    return VariantResult(
+        name=variant,
+        kind=variant,
+        artefact=Artefact(
+            path=str(run.artifact(variant).relative_to(run.directory.root)),
+            sha256=entry["sha256"],
+            size_bytes=entry["size_bytes"],
+            precision=entry["precision"],
+        ),
+        runtime=Runtime(
+            name=runtime["runtime"], version=runtime["version"], device=runtime["device"], proof=dict(runtime)
+        ),
+        parameters=counts["parameters"],
+        macs=counts["macs"],
+        accuracy=Accuracy.of(
+            top1_percent=accuracy["top1"],
+            top5_percent=accuracy["top5"] if len(run.data.classes) > 5 else None,
+            loss=accuracy["loss"],
+            samples=accuracy["samples"],
+        ),
+        parity={
+            "reference": "the checkpoint in PyTorch",
+            "reference_top1_percent": in_pytorch["top1"],
+            "reference_loss": in_pytorch["loss"],
+            "max_relative_error": checked["max_relative_error"],
+            "mean_relative_error": checked["mean_relative_error"],
+            "top1_agreement_percent": checked["top1_agreement"],
+            "tolerance": run.recipe.parity.tolerance,
+            "batches": checked["batches"],
+        },
+        measurements=[BatchMeasurement.model_validate(item) for item in outcomes["measure"]["measurements"][variant]],
+    )
+
+
+def _pruning(outcomes: Outcomes) -> Pruning:
+    before, after = (outcomes["measure"]["counts"][variant]["widths"] for variant in VARIANTS)
+    return Pruning(
+        budget=BudgetResult(**outcomes["prune"]["budget"]),
+        layers=[LayerWidths(name=name, width_before=width, width_after=after[name]) for name, width in before.items()],
+        events=[PruningEvent(**event) for event in outcomes["prune"]["events"]],
+    )
