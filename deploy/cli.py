@@ -1,0 +1,197 @@
+"""The command `espalier`. Heavy imports stand inside the commands, so that --help and usage errors come at once."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from deploy.console import command, emit, show
+
+if TYPE_CHECKING:
+    from deploy.recipe import Recipe
+
+RUNS = Path("runs")
+
+app = typer.Typer(
+    name="espalier",
+    help="Prune a trained vision network, train it back, export it, and prove with a clock that it is faster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[
+    Path | None, typer.Argument(metavar="RECIPE.yaml", help="What to do; the built-in recipe if not given.")
+]
+Out = Annotated[Path | None, typer.Option(help="Run directory.  [default: runs/NAME of the recipe]", metavar="DIR")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, such as prune.events=5; repeatable."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Write JSON to stdout instead of tables.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Log everything, and show the traceback of an error.")]
+Trust = Annotated[
+    list[str] | None,
+    typer.Option(metavar="MODULE", help="Let the checkpoint's factory import this module; repeatable."),
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of one inference.  [default: PyTorch's number]")]
+
+
+@app.command()
+def run(
+    recipe: RecipePath = None,
+    out: Out = None,
+    changes: Set = None,
+    dump_recipe: Annotated[
+        bool, typer.Option("--dump-recipe", help="Print the recipe with every key; run nothing.")
+    ] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train or take a network, prune it, fine-tune, export, verify, measure and report.
+
+    Killed at any moment, the same command goes on where it was.
+    """
+    with command(debug=debug, advice="the same command goes on where it stopped."):
+        chosen = _recipe(recipe, changes)
+        if dump_recipe:
+            from deploy.recipe_text import dump
+
+            emit(dump(chosen))
+            return
+        directory = out or RUNS / chosen.name
+
+        from benchmarks.harness import summary
+        from benchmarks.harness.report import compared, headline
+        from deploy import pipeline
+
+        results = pipeline.run(chosen, directory)
+        if json:
+            emit(results.to_json())
+        else:
+            show(summary(results), headline(results, compared(results)), f"Report: {directory / 'report.html'}")
+
+
+@app.command()
+def prune(
+    recipe: RecipePath = None, out: Out = None, changes: Set = None, json: Json = False, debug: Debug = False
+) -> None:
+    """Run a recipe up to the checkpoint of the pruned network; `run` goes on from there."""
+    with command(debug=debug, advice="the same command goes on where it stopped."):
+        chosen = _recipe(recipe, changes)
+
+        from deploy import inspection, pipeline
+
+        directory = pipeline.prune(chosen, out or RUNS / chosen.name)
+        found = inspection.inspect(directory.pruned)
+        if json:
+            emit(found)
+        else:
+            show(*inspection.tables(found), f"Checkpoint: {directory.pruned}")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.", metavar="CHECKPOINT")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write.  [default: artifacts/NAME.fp32.onnx beside the checkpoint]", metavar="FILE"),
+    ] = None,
+    trust: Trust = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a checkpoint as an ONNX file with dynamic batch, and enter it in its folder's manifest."""
+    with command(debug=debug):
+        from deploy.artefacts import PRECISION, export_checkpoint
+
+        place = checkpoint.resolve()
+        path = out or place.parent / "artifacts" / f"{place.name}.{PRECISION}.onnx"
+        entry = export_checkpoint(checkpoint, path, trust=trust or ())
+        if json:
+            emit({"path": str(path), **entry.model_dump(mode="json")})
+        else:
+            show(f"{path}  {entry.size_bytes} bytes  SHA-256 {entry.sha256}")
+
+
+@app.command()
+def bench(
+    artefacts: Annotated[
+        list[Path], typer.Argument(help="ONNX files; the first is the baseline.", metavar="A.onnx B.onnx")
+    ],
+    batch: Annotated[int, typer.Option(min=1, help="Images per query.")] = 1,
+    rounds: Annotated[int, typer.Option(min=2, help="Interleaved rounds.")] = 10,
+    seconds: Annotated[float, typer.Option(min=0, help="Least time of a file in a round.")] = 1.0,
+    threads: Threads = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time ONNX files against each other on the CPU, in interleaved rounds, on random images."""
+    with command(debug=debug):
+        from deploy import benching
+
+        found = benching.bench(artefacts, batch_size=batch, rounds=rounds, seconds=seconds, threads=threads)
+        if json:
+            emit(found)
+        else:
+            show(benching.table(found))
+
+
+@app.command()
+def report(
+    run_directory: Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN_DIR")], debug: Debug = False
+) -> None:
+    """Render report.html and results.csv again from results.json."""
+    with command(debug=debug):
+        from benchmarks.harness import load
+        from deploy.documents import render
+        from deploy.run_directory import RunDirectory
+
+        directory = RunDirectory(run_directory)
+        render(directory, load(directory.results))
+        show(f"Report: {directory.report}")
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Checkpoint directory, ONNX file or run directory.", metavar="PATH")],
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a checkpoint, an ONNX file or a run directory holds, and check its hashes."""
+    with command(debug=debug):
+        from deploy import inspection
+
+        found = inspection.inspect(path)
+        if json:
+            emit(found)
+        else:
+            show(*inspection.tables(found))
+
+
+@app.command()
+def doctor(json: Json = False, debug: Debug = False) -> None:
+    """Show versions and devices, what is missing, and which extra brings it."""
+    with command(debug=debug):
+        from deploy import doctor as examination
+
+        found = examination.examine()
+        if json:
+            emit(found)
+        else:
+            show(*examination.tables(found))
+
+
+def main() -> None:
+    """The console entry point."""
+    app()
+
+
+def _recipe(path: Path | None, changes: list[str] | None) -> "Recipe":
+    from deploy.recipe_text import read_recipe
+
+    return read_recipe(path, changes or ())
+
+
+if __name__ == "__main__":
+    main()

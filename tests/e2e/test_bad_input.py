@@ -1,0 +1,157 @@
+"""Bad input: exit code 2, one clear sentence that names the key or the file, no traceback, and nothing lost."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import Result
+
+from compress import checkpoint
+
+
+def sentence(result: Result) -> str:
+    """The one sentence on stderr, after checking that it is one."""
+    assert result.exit_code == 2, (result.exit_code, result.output, result.exception)
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr
+    assert result.stderr.endswith((".\n", "?\n"))
+    return result.stderr.removeprefix("error: ").strip()
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("prune.budgit.macs=0.5", "prune.budgit: unknown key; did you mean prune.budget?"),
+        ("prune.budget.macs=0", "prune.budget.macs is 0, but must be above 0"),
+        ("prune.budget.macs=1.5", "prune.budget.macs is 1.5, but must be at most 1"),
+        ("prune.budget.macs=-0.5", "prune.budget.macs is -0.5, but must be above 0"),
+        ("prune.importance=tailor", "'tailor'"),
+        ("prune.ignore=[conv9]", "conv9"),
+        ("model.factory=torchvision:resnet51", "resnet51"),
+        ("model.factory=espalier:lenet4", "espalier has no model 'lenet4': did you mean 'lenet3'."),
+        ("model.factory=nowhere.at_all:net", "Cannot import nowhere.at_all"),
+        ("model.factory=compress.models:no_such_net", "has no 'no_such_net'"),
+        ("model.kwargs.num_classes=7", "num_classes: 10"),
+        ("model.kwargs.depth=3", "depth"),
+        ("model.weights=/nowhere/weights.safetensors", "/nowhere/weights.safetensors"),
+        ("data.source=imagefolder:/nowhere", "/nowhere"),
+        ("data.source=digitz", "digits"),
+        ("parity.samples=1000", "The test split of digits has 360 images, but 1000 are needed"),
+        ("finetune.precision=fp16", "fp16"),
+    ],
+)
+def test_a_recipe_that_cannot_work(invoke: Any, change: str, expected: str, recipe_file: Path, out: Path) -> None:
+    result = invoke("run", recipe_file, "--set", change, "--out", out)
+    assert expected in sentence(result)
+    assert not out.exists()  # said before anything was begun
+
+
+def test_a_missing_recipe(invoke: Any, out: Path) -> None:
+    assert "The recipe /nowhere.yaml does not exist" in sentence(invoke("run", "/nowhere.yaml", "--out", out))
+
+
+def test_broken_yaml_names_the_line(invoke: Any, tmp_path: Path, out: Path) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("version: 1\nname: [tiny\nseed: 3\n")
+    assert f"{broken}, line 3" in sentence(invoke("run", broken, "--out", out))
+
+
+def test_an_unreadable_image_is_named(invoke: Any, recipe_file: Path, tmp_path: Path, out: Path) -> None:
+    pixels = np.random.default_rng(0).integers(256, size=(40, 40, 3), dtype=np.uint8)
+    for split in ("train", "val"):
+        for label in ("cat", "dog"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for index in range(4):
+                Image.fromarray(pixels).save(tmp_path / split / label / f"{index}.png")
+    bad = tmp_path / "train" / "dog" / "2.png"
+    bad.write_bytes(b"no image")
+    result = invoke("run", recipe_file, "--set", f"data.source=imagefolder:{tmp_path}", "--out", out)
+    assert f"Cannot read the image {bad}" in sentence(result)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("place", ["file/run", "/proc/espalier"])
+def test_an_output_directory_that_cannot_be_written(invoke: Any, place: str, recipe_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    out = tmp_path / place
+    assert f"Cannot create the directory {out}" in sentence(invoke("run", recipe_file, "--out", out))
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_an_output_directory_with_other_things_in_it(invoke: Any, recipe_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("keep me")
+    assert "it is no run directory" in sentence(invoke("run", recipe_file, "--out", tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.parametrize("file", [checkpoint.WEIGHTS, checkpoint.ARCHITECTURE])
+@pytest.mark.parametrize("verb", ["inspect", "export"])
+def test_a_checkpoint_with_a_changed_byte(
+    invoke: Any, file: str, verb: str, run_directory: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(run_directory / "pruned", tmp_path / "copy")
+    content = bytearray((copy / file).read_bytes())
+    position = content.index(b"taylor" if b"taylor" in content else b"0", len(content) // 2)
+    content[position] ^= 1
+    (copy / file).write_bytes(content)
+    result = invoke(verb, copy)
+    assert file in sentence(result)
+    assert not (tmp_path / "artifacts").exists()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
+@pytest.mark.parametrize("verb", ["inspect", "bench"])
+def test_a_truncated_onnx_file(invoke: Any, share: float, verb: str, run_directory: Path, tmp_path: Path) -> None:
+    whole = (run_directory / "artifacts" / "pruned.fp32.onnx").read_bytes()
+    cut = tmp_path / "cut.onnx"
+    cut.write_bytes(whole[: int(share * len(whole))])
+    assert f"{cut} is not a readable ONNX file" in sentence(invoke(verb, cut))
+
+
+def test_a_changed_artefact_is_noticed(invoke: Any, run_directory: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run_directory / "artifacts", tmp_path / "artifacts")
+    artefact = copy / "pruned.fp32.onnx"
+    content = bytearray(artefact.read_bytes())
+    content[len(content) // 2] ^= 1
+    artefact.write_bytes(content)
+    assert f"{artefact} is not the file that the manifest records" in sentence(invoke("inspect", artefact))
+
+
+@pytest.mark.parametrize("path", ["/nowhere", "/etc/hostname", "/etc"])
+def test_nothing_to_inspect(invoke: Any, path: str) -> None:
+    assert path in sentence(invoke("inspect", path))
+
+
+def test_a_run_without_results_cannot_be_reported(invoke: Any, tmp_path: Path) -> None:
+    assert str(tmp_path / "results.json") in sentence(invoke("report", tmp_path))
+
+
+def test_the_traceback_is_there_for_who_asks(invoke: Any, recipe_file: Path, out: Path) -> None:
+    result = invoke("run", recipe_file, "--set", "prune.budgit=1", "--out", out, "--debug")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Traceback")
+    assert "error: prune.budgit: unknown key" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [("run", "--no-such-option"), ("nonsense",), ("bench",), ("bench", "a.onnx", "--batch", "0")]
+)
+def test_usage_errors(invoke: Any, arguments: tuple[str, ...]) -> None:
+    assert invoke(*arguments).exit_code == 2
+
+
+def test_the_exit_code_of_the_process(espalier: Any, recipe_file: Path, out: Path) -> None:
+    failed = espalier("run", recipe_file, "--set", "model.kwargs.num_classes=7", "--out", out)
+    assert failed.returncode == 2
+    assert failed.stdout == ""
+    assert failed.stderr.count("\n") == 1
