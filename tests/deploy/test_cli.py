@@ -80,10 +80,12 @@ def test_errors_become_sentences_and_exit_codes(
     assert (result.exit_code, result.stdout, result.stderr) == (code, "", stderr)
 
 
-def test_debug_lets_the_error_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    error = InputError("The path is wrong.")
-    failing(monkeypatch, error)
-    assert invoke("run", "--debug").exception is error
+def test_debug_adds_the_traceback_and_keeps_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, InputError("The path is wrong."))
+    result = invoke("run", "--debug")
+    assert result.exit_code == 2
+    assert "Traceback (most recent call last)" in result.stderr
+    assert result.stderr.endswith("error: The path is wrong.\n")
 
 
 def test_a_bug_of_ours_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch) -> None:
