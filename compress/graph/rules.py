@@ -179,7 +179,7 @@ def extremum(walk: Walk, node: fx.Node, x: Any, y: Any) -> Flow:
 @rule(
     *(aten.permute.default, aten.transpose.int, aten.t.default, aten.movedim.int, aten.swapaxes.default),
     *(aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
-    *(aten.expand.default, aten.roll.default, aten.flip.default, aten.numpy_T.default),
+    *(aten.expand.default, aten.flip.default, aten.numpy_T.default),
 )
 def move(walk: Walk, node: fx.Node, x: Any, *args: Any, **kwargs: Any) -> Flow:
     x = walk.as_flow(x)
@@ -223,20 +223,49 @@ def split(walk: Walk, node: fx.Node, x: Flow, *args: Any, **kwargs: Any) -> list
     return [x.moved(spread(part, part.shape)) for part in parts]
 
 
-@rule(aten.slice.Tensor, aten.select.int, aten.narrow.default)
+@rule(aten.slice.Tensor, aten.narrow.default)
 def cut(walk: Walk, node: fx.Node, x: Any, dim: int = 0, *args: Any, **kwargs: Any) -> Flow:
     x = walk.as_flow(x)
     labels = applied(node, x.labels, dim, *args, **kwargs)
-    source = node.args[0]
-    if node.target is aten.slice.Tensor and isinstance(source, fx.Node) and dim % x.labels.dim() in varying(x.labels):
-        width, size = labels.shape[dim], x.shape[dim]
-        start = int(args[0] or 0) % (size + 1) if args else 0
-        step = kwargs.get("step", args[2] if len(args) > 2 else 1)
+    dim = dim % x.labels.dim()
+    size, width = x.shape[dim], labels.shape[dim]
+    if dim in varying(x.labels) and width < size:
+        start = int(kwargs.get("start", args[0] if args else 0) or 0) % size
+        strided = node.target is aten.slice.Tensor
+        step = int(kwargs.get("step", args[2] if strided and len(args) > 2 else 1))
         if step == 1 and size % width == 0 and start % width == 0:
-            walk.join(labels, x.labels.narrow(dim, 0, width))  # x[:, :c], x[:, c:2c], ...: parts of equal width
-        elif step == 1:
+            for begin in range(width, size, width):  # x[:, :c], x[:, c:2c], ...: parts of equal width stay equal
+                walk.join(x.labels.narrow(dim, 0, width), x.labels.narrow(dim, begin, width))
+        elif step > 1 and width * step == size and start < step:
+            for begin in range(step - 1):  # x[:, 0::2], x[:, 1::2]: neighbours stay neighbours
+                every = [slice(None)] * dim
+                walk.join(
+                    x.labels[(*every, slice(begin, None, step))], x.labels[(*every, slice(begin + 1, None, step))]
+                )
+        else:
             walk.freeze(x.labels, "cut into parts of unequal width, which nothing keeps at their places")
     return x.moved(spread(labels, labels.shape))
+
+
+@rule(aten.select.int)
+def select(walk: Walk, node: fx.Node, x: Any, dim: int, index: int) -> Flow:
+    x = walk.as_flow(x)
+    if dim % x.labels.dim() in varying(x.labels):
+        walk.freeze(x.labels, "one channel is picked by its number")
+    labels = x.labels.select(dim, index)
+    return x.moved(spread(labels, labels.shape))
+
+
+@rule(aten.roll.default)
+def roll(walk: Walk, node: fx.Node, x: Any, shifts: Any, dims: Any = ()) -> Flow:
+    x = walk.as_flow(x)
+    axes = [dims] if isinstance(dims, int) else list(dims)
+    moving = varying(x.labels)
+    if any(dim % x.labels.dim() in moving for dim in axes) or (not axes and moving):
+        walk.freeze(x.labels, "channels are rolled by a fixed number")
+        labels = x.labels.roll(shifts, dims)
+        return x.moved(spread(labels, labels.shape))
+    return x.moved(x.labels)
 
 
 @rule(aten.cat.default, aten.stack.default, aten.concat.default)

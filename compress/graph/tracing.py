@@ -48,7 +48,10 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any], *, ignore: S
         broken = _trial(model, inputs, graph)
         if not broken:
             break
-        graph = graph.without(_with_siblings(graph, broken))
+        broken = _with_siblings(graph, broken)
+        for name, reason in broken.items():
+            logger.warning("the channels of %s are not pruned: %s", name, reason)
+        graph = graph.without(broken)
     for operator, nodes in graph.operators_without_rule.items():
         logger.warning("operator %s has no rule (%d uses): what it touches is not pruned", operator, len(nodes))
     return graph
@@ -149,7 +152,7 @@ def _trial(model: nn.Module, inputs: tuple[Any, ...], graph: ChannelGraph) -> di
         return _mismatch(model, inputs, graph, names)
     except Exception as error:  # noqa: BLE001  a forward pass on wrong shapes fails in any way
         reason = f"the forward pass does not follow its widths: {first_line(error)}"
-        return dict.fromkeys(_breaking(model, inputs, graph, names), reason)
+        return dict.fromkeys(_breaking(model, inputs, graph, names) or names, reason)
 
 
 def _with_siblings(graph: ChannelGraph, broken: dict[str, str]) -> dict[str, str]:
@@ -228,7 +231,11 @@ def _breaking(model: nn.Module, inputs: tuple[Any, ...], graph: ChannelGraph, na
     smaller.groups, smaller.sizes = dict(graph.groups), dict(graph.sizes)
     skeleton = _shrink(model, smaller, names)
     try:
-        _walk(skeleton, inputs, ())
+        mode, once = _fake(skeleton, inputs)
+        _, twice = _fake(skeleton, inputs, copies=2)
+        with torch.no_grad(), mode:
+            skeleton(*once)
+            skeleton.train()(*twice)
     except Exception:  # noqa: BLE001  a forward pass on wrong shapes fails in any way
         if len(names) == 1:
             return list(names)

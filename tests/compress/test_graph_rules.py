@@ -122,6 +122,52 @@ def test_halves_that_go_different_ways_still_lose_the_same_channels() -> None:
     assert positions(graph, "a")["b.weight", 1] == each(0, 1)
 
 
+@pytest.mark.parametrize(
+    ("part", "tied"),
+    [
+        (lambda x: x[:, : x.shape[1] // 2], [[0, 2], [1, 3]]),
+        (lambda x: x[:, x.shape[1] // 2 :], [[0, 2], [1, 3]]),
+        (lambda x: x.narrow(1, 0, x.shape[1] // 2), [[0, 2], [1, 3]]),
+        (lambda x: x[:, ::2], [[0, 1], [2, 3]]),
+        (lambda x: x[:, 1::2], [[0, 1], [2, 3]]),
+    ],
+    ids=["first half", "second half", "narrow", "even", "odd"],
+)
+def test_a_part_ties_the_channels_that_it_leaves_out(part, tied: list[list[int]]) -> None:
+    """The rest is read too, whole: without the tie a channel of the rest could go and shift the cut."""
+
+    class Part(Net):
+        def __init__(self) -> None:
+            super().__init__(4, head=6)
+
+        def middle(self, x: Tensor) -> Tensor:
+            return torch.cat([x, part(x)], 1)
+
+    assert positions(trace(Part(), IMAGE), "a")["a.weight", 0] == tied
+
+
+@pytest.mark.parametrize(
+    ("middle", "reason"),
+    [
+        (lambda x: x * x[:, :4].mean(1, keepdim=True), "cut into parts of unequal width, which nothing keeps at their places"),
+        (lambda x: x * x.select(1, 3).unsqueeze(1), "one channel is picked by its number"),
+        (lambda x: x + x.roll(1, 1), "channels are rolled by a fixed number"),
+    ],
+    ids=["unequal slice", "select", "roll"],
+)
+def test_channels_taken_by_their_number_stay(middle, reason: str) -> None:
+    class Numbered(Net):
+        def __init__(self) -> None:
+            super().__init__(6)
+
+        def middle(self, x: Tensor) -> Tensor:
+            return middle(x)
+
+    graph = trace(Numbered(), IMAGE)
+    assert "a" not in graph.groups
+    assert any("a" in frozen.layers and frozen.reason == reason for frozen in graph.frozen), graph.frozen
+
+
 def test_channel_shuffle_follows_the_permutation() -> None:
     class Shuffle(Net):
         def __init__(self) -> None:
