@@ -57,6 +57,11 @@ class Budget:
         return "macs" if self.macs is not None else "parameters" if self.parameters is not None else "channels"
 
     @property
+    def noun(self) -> str:
+        """The quantity as a sentence has it."""
+        return "MACs" if self.quantity == "macs" else self.quantity
+
+    @property
     def kept(self) -> float:
         """The fraction kept, in (0, 1]."""
         return next(value for value in vars(self).values() if value is not None)

@@ -195,7 +195,7 @@ class Pruner:
 
     def _report(self, event: Event) -> None:
         logger.info(
-            "event %d of %d: %.1f %% of the %s kept", event.index, self.events, 100 * event.kept, self.budget.quantity
+            "event %d of %d: %.1f %% of the %s kept", event.index, self.events, 100 * event.kept, self.budget.noun
         )
         if not self.finished:
             return
@@ -203,13 +203,13 @@ class Pruner:
             logger.warning(
                 "the budget of %.1f %% of the %s cannot be met: %.1f %% are left with every width at its smallest "
                 "(round_to=%d, min_channels=%d, %d groups)",
-                *(100 * self.budget.kept, self.budget.quantity, 100 * event.kept),
+                *(100 * self.budget.kept, self.budget.noun, 100 * event.kept),
                 *(self.round_to, self.min_channels, len(self.graph.groups)),
             )
         else:
             logger.info(
                 "budget met: %.2f %% of the %s kept, %.2f %% asked for",
-                *(100 * event.kept, self.budget.quantity, 100 * self.budget.kept),
+                *(100 * event.kept, self.budget.noun, 100 * self.budget.kept),
             )
 
     def state_dict(self) -> dict[str, Any]:
