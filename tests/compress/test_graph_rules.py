@@ -149,7 +149,10 @@ def test_a_part_ties_the_channels_that_it_leaves_out(part, tied: list[list[int]]
 @pytest.mark.parametrize(
     ("middle", "reason"),
     [
-        (lambda x: x * x[:, :4].mean(1, keepdim=True), "cut into parts of unequal width, which nothing keeps at their places"),
+        (
+            lambda x: x * x[:, :4].mean(1, keepdim=True),
+            "cut into parts of unequal width, which nothing keeps at their places",
+        ),
         (lambda x: x * x.select(1, 3).unsqueeze(1), "one channel is picked by its number"),
         (lambda x: x + x.roll(1, 1), "channels are rolled by a fixed number"),
     ],

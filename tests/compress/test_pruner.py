@@ -177,3 +177,17 @@ def test_resnet20_keeps_one_set_of_channels_in_a_residual_stream() -> None:
     loop(model, pruner, sgd(model), 2)
     for stage in (model.stage1, model.stage2, model.stage3):
         assert len({block.conv2.out_channels for block in stage} | {block.bn2.num_features for block in stage}) == 1
+
+
+@pytest.mark.parametrize("name", ["regnet_x_400mf", "regnet_y_400mf"])
+def test_the_ratio_asked_for_is_the_ratio_removed_from_grouped_convolutions(name: str) -> None:
+    """Where 30 % are asked for, rounding every group by itself removes 49 % and 6 % (Torch-Pruning 1.6.1)."""
+    torch.manual_seed(0)
+    model = models.build(f"torchvision:{name}")
+    images = torch.randn(2, 3, 64, 64)
+    pruner = Pruner(model, images[:1], budget=Budget(channels=0.7), events=1, interval=1, round_to=8)
+    F.cross_entropy(model(images), torch.tensor([1, 2])).backward()
+    pruner.step()
+    assert 0.69 < pruner.kept <= 0.7
+    assert all(module.out_channels % 8 == 0 for module in model.modules() if isinstance(module, nn.Conv2d))
+    model.eval()(images)
