@@ -107,20 +107,30 @@ def _fake(skeleton: nn.Module, inputs: tuple[Any, ...], copies: int = 1) -> tupl
     return mode, torch.utils._pytree.tree_map_only(Tensor, convert, inputs)
 
 
+def _exported(skeleton: nn.Module, inputs: tuple[Any, ...], copies: int = 1) -> torch.export.ExportedProgram:
+    try:
+        return torch.export.export(skeleton, _fake(skeleton, inputs, copies)[1])
+    except Exception as error:  # it fails with anything that the model's forward can raise
+        raise InputError(
+            f"torch.export cannot capture the model: {first_line(error)}; check that the example input fits, or try "
+            "graph='torch-pruning'."
+        ) from error
+
+
 def _walk(
     skeleton: nn.Module, inputs: tuple[Any, ...], ignore: Sequence[str], grouped: frozenset[str] = frozenset()
 ) -> ChannelGraph:
     """Export and walk; once more as the network trains, where evaluation leaves layers out (auxiliary heads)."""
     walk = Walk(RULES, grouped=set(grouped))
     with torch.no_grad():
-        program = torch.export.export(skeleton, _fake(skeleton, inputs)[1])
+        program = _exported(skeleton, inputs)
         walk.run(program)
         live = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
         used = {name for node, name in program.graph_signature.inputs_to_parameters.items() if node in live}
         if used < {name for name, _ in skeleton.named_parameters()}:
             # Two images, for normalisation in training mode refuses a single value per channel.
             skeleton.train()
-            walk.run(torch.export.export(skeleton, _fake(skeleton, inputs, copies=2)[1]), counting=False)
+            walk.run(_exported(skeleton, inputs, copies=2), counting=False)
             skeleton.eval()
     walk.ignore(lambda layer: covers(ignore, layer))
     return groups_of(walk)
@@ -128,13 +138,7 @@ def _walk(
 
 def _first_walk(model: nn.Module, inputs: tuple[Any, ...], ignore: Sequence[str]) -> ChannelGraph:
     skeleton = _skeleton(model)
-    try:
-        graph = _walk(skeleton, inputs, ignore)
-    except Exception as error:
-        raise InputError(
-            f"torch.export cannot capture the model: {first_line(error)}; check that the example input fits, or try "
-            "graph='torch-pruning'."
-        ) from error
+    graph = _walk(skeleton, inputs, ignore)
     shapes = {name: parameter.shape for name, parameter in skeleton.named_parameters()}
     mode, fake = _fake(skeleton, inputs)
     with torch.no_grad(), mode, FlopCounterMode(display=False) as counter:
@@ -150,8 +154,8 @@ def _trial(model: nn.Module, inputs: tuple[Any, ...], graph: ChannelGraph) -> di
     names = list(graph.groups)
     try:
         return _mismatch(model, inputs, graph, names)
-    except Exception as error:  # noqa: BLE001  a forward pass on wrong shapes fails in any way
-        reason = f"the forward pass does not follow its widths: {first_line(error)}"
+    except InputError as error:
+        reason = f"the forward pass does not follow its widths: {first_line(error.__cause__ or error)}"
         return dict.fromkeys(_breaking(model, inputs, graph, names) or names, reason)
 
 

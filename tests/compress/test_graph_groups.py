@@ -249,3 +249,17 @@ def test_freezing_groups_reports_their_producers() -> None:
     graph = trace(chain(), IMAGE).without({"3": "a reason"})
     assert list(graph.groups) == ["0"]
     assert graph.frozen[-1] == Frozen(("3",), "a reason")
+
+
+def test_a_model_that_cannot_be_captured_is_refused_with_the_cause() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return self.b(x if x.sum() > 0 else -x)
+
+    with pytest.raises(InputError, match=r"torch\.export cannot capture the model: .*graph='torch-pruning'"):
+        trace(Branching(), torch.ones(1, 4))
