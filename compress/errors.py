@@ -22,3 +22,9 @@ class MissingExtraError(InputError):
 
     def __init__(self, library: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs {library}, which is not installed: run pip install 'espalier[{extra}]'.")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that says something, without its full stop; its type where none does."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")

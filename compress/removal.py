@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from compress.errors import WorkError
 
 Slot = tuple[str, int]
+"""(name of a parameter or buffer, dimension)."""
 
 _RECORD = "_espalier_kept"
 

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from compress.errors import InputError, WorkError
+from compress.errors import InputError, WorkError, first_line
 from compress.files import make_directory, replacing
 from deploy.manifest import tool_versions
 from deploy.runtimes.pytorch import INPUT_NAME, OUTPUT_NAME, evaluating
@@ -206,8 +206,7 @@ def _cause(error: BaseException) -> str:
     """The first line of the error at the root of the chain: PyTorch wraps it in pages of general advice."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return first_line(error)
 
 
 def _write(program: torch.onnx.ONNXProgram, path: Path) -> None:

@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from compress.graph.walk import Walk
-
-Slot = tuple[str, int]
-"""(name of a parameter or buffer, dimension)."""
+from compress.removal import Slot
 
 
 @dataclass(frozen=True)
@@ -127,6 +125,10 @@ class ChannelGraph:
     def widths(self) -> dict[str, int]:
         """Group name -> number of channels now."""
         return {name: group.width for name, group in self.groups.items()}
+
+    def copy(self) -> ChannelGraph:
+        """A graph from which channels can be removed while this one stays as it is."""
+        return replace(self, groups=dict(self.groups), sizes=dict(self.sizes))
 
     def keep(self, removals: Mapping[str, Tensor]) -> dict[Slot, Tensor]:
         """What stays when `removals` (group name -> channels, int64) go: (tensor, dim) -> positions kept, ascending."""

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.graph.groups import ChannelGraph, Slot
-from compress.removal import keep_slices
+from compress.graph.bisection import culprits
+from compress.graph.groups import ChannelGraph
+from compress.removal import Slot, keep_slices
 
 _TRIAL_FRACTION = 1 / 3
 _TRIAL_ERROR = 1e-4
@@ -20,7 +21,15 @@ _TRIAL_ERROR = 1e-4
 
 def broken_groups(model: nn.Module, inputs: tuple[Any, ...], graph: ChannelGraph) -> list[str]:
     """Names of the groups whose removal is not the same as zeros at their consumers; works on copies of the model."""
-    return _broken(_randomised(model), inputs, graph, list(graph.groups))
+    randomised = _randomised(model)
+
+    def fails(names: Sequence[str]) -> bool:
+        try:
+            return not _fits(randomised, inputs, graph, names)
+        except Exception:  # noqa: BLE001  a forward pass on wrong shapes fails in any way
+            return True
+
+    return culprits(list(graph.groups), fails)
 
 
 def _randomised(model: nn.Module) -> nn.Module:
@@ -33,25 +42,8 @@ def _randomised(model: nn.Module) -> nn.Module:
     return copied
 
 
-def _broken(model: nn.Module, inputs: tuple[Any, ...], graph: ChannelGraph, names: Sequence[str]) -> list[str]:
-    """The groups among `names` that fail; halves the candidates."""
-    try:
-        fits = _fits(model, inputs, graph, names)
-    except Exception:  # noqa: BLE001  a forward pass on wrong shapes fails in any way
-        fits = False
-    if fits:
-        return []
-    if len(names) == 1:
-        return list(names)
-    half = len(names) // 2
-    parts = [_broken(model, inputs, graph, part) for part in (names[:half], names[half:])]
-    return parts[0] + parts[1] or list(names)
-
-
 def _fits(model: nn.Module, inputs: tuple[Any, ...], graph: ChannelGraph, names: Sequence[str]) -> bool:
     random = torch.Generator().manual_seed(0)
-    smaller = copy.copy(graph)
-    smaller.groups, smaller.sizes = dict(graph.groups), dict(graph.sizes)
     pruned, blind = copy.deepcopy(model), copy.deepcopy(model)
     removals = {}
     for name in names:
@@ -62,7 +54,7 @@ def _fits(model: nn.Module, inputs: tuple[Any, ...], graph: ChannelGraph, names:
         for slot, positions in group.positions(removals[name]).items():
             if slot in reads:
                 blind.get_parameter(slot[0]).data.index_fill_(slot[1], positions, 0)
-    keep_slices(pruned, smaller.remove(removals))
+    keep_slices(pruned, graph.keep(removals))
     with torch.no_grad():
         results = [torch.utils._pytree.tree_leaves(network(*inputs)) for network in (pruned, blind)]
     pairs = [(a, b) for a, b in zip(*results, strict=True) if isinstance(a, Tensor)]

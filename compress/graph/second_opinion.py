@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torch_pruning.dependency import Node
 
-from compress.errors import InputError
-from compress.graph.groups import ChannelGraph, Slot, groups_of
+from compress.errors import InputError, first_line
+from compress.graph.groups import ChannelGraph, groups_of
 from compress.graph.numeric_trial import broken_groups
 from compress.graph.rules import RULES
-from compress.graph.tracing import check_ignore, covers, first_line
+from compress.graph.tracing import batch_size, check_ignore, covers, unprunable
 from compress.graph.walk import Walk
+from compress.removal import Slot
 
 OPTYPE = torch_pruning.ops.OPTYPE
 
@@ -47,12 +48,7 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any], *, ignore: S
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     check_ignore(model, ignore)
     graph = dependency_groups(model, inputs, ignore=ignore)
-    removable = {
-        name: "all its channels are tied to one" if group.width == 1 else "no trainable parameter gates it"
-        for name, group in graph.groups.items()
-        if group.width == 1 or not group.gates
-    }
-    graph = graph.without(removable)
+    graph = graph.without(unprunable(graph))
     while graph.groups:
         broken = broken_groups(model, inputs, graph)
         if not broken:
@@ -134,12 +130,7 @@ def _run(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, list[_Cal
         model.eval()(*inputs)
     for hook in hooks:
         hook.remove()
-    return calls, counter.get_total_flops() / 2 / _batch(inputs)
-
-
-def _batch(inputs: tuple[Any, ...]) -> int:
-    leaves = torch.utils._pytree.tree_leaves(inputs)
-    return next((int(leaf.shape[0]) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), 1)
+    return calls, counter.get_total_flops() / 2 / batch_size(inputs)
 
 
 def _items(

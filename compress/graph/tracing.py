@@ -4,6 +4,7 @@ import copy
 import difflib
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from compress.errors import InputError
+from compress.errors import InputError, first_line
 from compress.graph import layers  # noqa: F401  (fills the operator table)
-from compress.graph.groups import ChannelGraph, Slot, groups_of
+from compress.graph.bisection import culprits
+from compress.graph.groups import ChannelGraph, groups_of
 from compress.graph.rules import RULES
 from compress.graph.walk import Walk
-from compress.removal import keep_slices
+from compress.removal import Slot, keep_slices
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any], *, ignore: S
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     check_ignore(model, ignore)
     graph = _first_walk(model, inputs, ignore)
-    graph = graph.without(_unprunable(graph))
+    graph = graph.without(unprunable(graph))
     while graph.groups:
         broken = _trial(model, inputs, graph)
         if not broken:
@@ -57,7 +59,8 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any], *, ignore: S
     return graph
 
 
-def _unprunable(graph: ChannelGraph) -> dict[str, str]:
+def unprunable(graph: ChannelGraph) -> dict[str, str]:
+    """Groups of which no channel can be removed or ranked: name -> why."""
     reasons = {}
     for name, group in graph.groups.items():
         if group.width == 1:
@@ -143,20 +146,29 @@ def _first_walk(model: nn.Module, inputs: tuple[Any, ...], ignore: Sequence[str]
     mode, fake = _fake(skeleton, inputs)
     with torch.no_grad(), mode, FlopCounterMode(display=False) as counter:
         skeleton(*fake)
-    batch = next((leaf.shape[0] for leaf in torch.utils._pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)), 1)
     weighted = sum(count * shapes[name].numel() for name, count in graph.uses.items() if name in shapes)
-    graph.other_macs = max(0.0, counter.get_total_flops() / 2 / batch - weighted)
+    graph.other_macs = max(0.0, counter.get_total_flops() / 2 / batch_size(inputs) - weighted)
     return graph
+
+
+def batch_size(inputs: tuple[Any, ...]) -> int:
+    """Number of images in the example inputs: the first dimension of the first tensor that has one."""
+    leaves = torch.utils._pytree.tree_leaves(inputs)
+    return next((int(leaf.shape[0]) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), 1)
 
 
 def _trial(model: nn.Module, inputs: tuple[Any, ...], graph: ChannelGraph) -> dict[str, str]:
     """Remove a part of every group from a skeleton; group name -> why it must be frozen."""
-    names = list(graph.groups)
     try:
-        return _mismatch(model, inputs, graph, names)
+        return _mismatch(model, inputs, graph)
     except InputError as error:
         reason = f"the forward pass does not follow its widths: {first_line(error.__cause__ or error)}"
-        return dict.fromkeys(_breaking(model, inputs, graph, names) or names, reason)
+    names = list(graph.groups)
+    for training in (False, True):  # what fails in training only is an auxiliary head
+        broken = culprits(names, partial(_fails, model, inputs, graph, training))
+        if broken:
+            return dict.fromkeys(broken, reason)
+    return dict.fromkeys(names, reason)
 
 
 def _with_siblings(graph: ChannelGraph, broken: dict[str, str]) -> dict[str, str]:
@@ -170,11 +182,9 @@ def _with_siblings(graph: ChannelGraph, broken: dict[str, str]) -> dict[str, str
     return found
 
 
-def _mismatch(model: nn.Module, inputs: tuple[Any, ...], graph: ChannelGraph, names: Sequence[str]) -> dict[str, str]:
-    """Groups among `names` that a walk over the smaller network does not find again."""
-    smaller = copy.copy(graph)
-    smaller.groups, smaller.sizes = dict(graph.groups), dict(graph.sizes)
-    skeleton = _shrink(model, smaller, names)
+def _mismatch(model: nn.Module, inputs: tuple[Any, ...], graph: ChannelGraph) -> dict[str, str]:
+    """Groups that a walk over the smaller network does not find again: name -> why they must be frozen."""
+    skeleton, smaller = _shrunk(model, graph, list(graph.groups))
     found = _numbered(_walk(skeleton, inputs, (), graph.grouped))
     owner: dict[int, str] = {}
     tied: dict[int, set[int]] = {}  # channel of the new walk -> channels that were expected at its positions
@@ -194,7 +204,7 @@ def _mismatch(model: nn.Module, inputs: tuple[Any, ...], graph: ChannelGraph, na
         if len(ones) > 1:
             broken.update(owner[one] for one in ones if one in owner)
     reason = "after a removal the forward pass cuts its tensors at other places"
-    return {name: reason for name in graph.groups if name in broken and name in names}
+    return {name: reason for name in graph.groups if name in broken}
 
 
 def _numbered(graph: ChannelGraph, owner: dict[int, str] | None = None) -> dict[Slot, Tensor]:
@@ -212,45 +222,32 @@ def _numbered(graph: ChannelGraph, owner: dict[int, str] | None = None) -> dict[
     return numbers
 
 
-def _shrink(model: nn.Module, graph: ChannelGraph, names: Sequence[str]) -> nn.Module:
-    """A skeleton of `model` without a random part of the channels of the named groups; `graph` follows."""
+def _shrunk(model: nn.Module, graph: ChannelGraph, names: Sequence[str]) -> tuple[nn.Module, ChannelGraph]:
+    """A skeleton of `model`, and its graph, without a random part of the channels of the named groups."""
     random = torch.Generator().manual_seed(0)
+    low, high = _TRIAL_FRACTIONS
     removals = {}
     for name in names:
         width = graph.groups[name].width
-        low, high = _TRIAL_FRACTIONS
         fraction = low + (high - low) * float(torch.rand((), generator=random))
         count = min(width - 1, max(1, round(width * fraction)))
         removals[name] = torch.randperm(width, generator=random)[:count].sort().values
-    skeleton = _skeleton(model)
-    keep = graph.remove(removals)
+    skeleton, smaller = _skeleton(model), graph.copy()
+    keep = smaller.remove(removals)
     with skeleton.__dict__["_espalier_mode"]:
         keep_slices(skeleton, keep)
-    return skeleton
+    return skeleton, smaller
 
 
-def _breaking(model: nn.Module, inputs: tuple[Any, ...], graph: ChannelGraph, names: Sequence[str]) -> list[str]:
-    """The groups whose removal, each by itself, makes the forward pass fail; halves the candidates."""
-    smaller = copy.copy(graph)
-    smaller.groups, smaller.sizes = dict(graph.groups), dict(graph.sizes)
-    skeleton = _shrink(model, smaller, names)
+def _fails(
+    model: nn.Module, inputs: tuple[Any, ...], graph: ChannelGraph, training: bool, names: Sequence[str]
+) -> bool:
+    """Whether the forward pass breaks on a removal from the named groups."""
+    skeleton, _ = _shrunk(model, graph, names)
+    mode, fake = _fake(skeleton, inputs, copies=2 if training else 1)
     try:
-        mode, once = _fake(skeleton, inputs)
-        _, twice = _fake(skeleton, inputs, copies=2)
         with torch.no_grad(), mode:
-            skeleton(*once)
-            skeleton.train()(*twice)
+            skeleton.train(training)(*fake)
     except Exception:  # noqa: BLE001  a forward pass on wrong shapes fails in any way
-        if len(names) == 1:
-            return list(names)
-        half = len(names) // 2
-        first = _breaking(model, inputs, graph, names[:half])
-        second = _breaking(model, inputs, graph, names[half:])
-        return first + second or list(names)
-    return []
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message that says something, without its full stop."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
+        return True
+    return False

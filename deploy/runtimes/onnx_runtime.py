@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from compress.errors import InputError, MissingExtraError, WorkError
+from compress.errors import InputError, MissingExtraError, WorkError, first_line
 from deploy.runtimes.base import Runtime, Step, TensorSpec
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -84,7 +84,7 @@ class OnnxRuntime(Runtime):
         try:
             return dict(zip(names, self._session.run(names, batch), strict=True))
         except _errors() as error:
-            raise WorkError(f"ONNX Runtime failed on {self._path.name}: {_first_line(error)}") from error
+            raise WorkError(f"ONNX Runtime failed on {self._path.name}: {_reason(error)}") from error
 
     def _bind(self, batch: dict[str, np.ndarray]) -> "_BoundStep":
         # The sizes of the outputs are known only after one run: the file may give them as names.
@@ -127,10 +127,10 @@ class OnnxRuntime(Runtime):
         except _errors() as error:
             if type(error).__name__ in {"InvalidProtobuf", "InvalidGraph", "InvalidArgument"}:
                 raise InputError(
-                    f"{self._path} is not a readable ONNX file: {_first_line(error)}; export it again."
+                    f"{self._path} is not a readable ONNX file: {_reason(error)}; export it again."
                 ) from error
             raise InputError(
-                f"ONNX Runtime cannot run {self._path} on {self._device}: {_first_line(error)}; "
+                f"ONNX Runtime cannot run {self._path} on {self._device}: {_reason(error)}; "
                 "export it again, or choose another device."
             ) from error
 
@@ -197,6 +197,6 @@ def _errors() -> tuple[type[Exception], ...]:
     return tuple(item for item in vars(state).values() if isinstance(item, type) and issubclass(item, Exception))
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     # "[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : Load model from x.onnx failed:Protobuf parsing failed."
-    return str(error).strip().splitlines()[0].rsplit(" : ", 1)[-1].rstrip(".")
+    return first_line(error).rsplit(" : ", 1)[-1]

@@ -263,3 +263,20 @@ def test_a_model_that_cannot_be_captured_is_refused_with_the_cause() -> None:
 
     with pytest.raises(InputError, match=r"torch\.export cannot capture the model: .*graph='torch-pruning'"):
         trace(Branching(), torch.ones(1, 4))
+
+
+def test_a_forward_pass_that_fails_in_training_anyway_freezes_only_what_breaks() -> None:
+    class Stubborn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                raise RuntimeError("targets are missing")
+            return self.c(self.b(self.a(x).view(-1, 6)))
+
+    graph = trace(Stubborn(), torch.ones(1, 4))
+    assert list(graph.groups) == ["b"]
+    (frozen,) = [frozen for frozen in graph.frozen if frozen.layers == ("a",)]
+    assert frozen.reason.startswith("the forward pass does not follow its widths")
