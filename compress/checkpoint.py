@@ -195,11 +195,6 @@ def load(directory: str | Path, *, trust: Collection[str] = ()) -> nn.Module:
     return model.eval()
 
 
-def digest(directory: str | Path) -> str:
-    """One SHA-256 for the whole checkpoint: architecture (which holds the weights' own hash)."""
-    return Architecture.read(directory).sha256
-
-
 def _kept(architecture: Architecture, model: nn.Module, path: Path) -> dict[Slot, torch.Tensor]:
     shapes = {name: tensor.shape for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     keep: dict[Slot, torch.Tensor] = {}
