@@ -22,9 +22,9 @@ class Bar:
         self._progress = progress
         self._task = progress.add_task(description, total=total, status="")
 
-    def advance(self, status: str) -> None:
-        """Count one step and replace the text at the end of the bar."""
-        self._progress.update(self._task, advance=1, status=status)
+    def advance(self, status: str, steps: int = 1) -> None:
+        """Count steps and replace the text at the end of the bar."""
+        self._progress.update(self._task, advance=steps, status=status)
 
     def skip_to(self, completed: int) -> None:
         """Start from step `completed` of a resumed piece of work."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from compress.budget import Budget, CostModel, cost_model
 from compress.errors import InputError, WorkError
 from compress.graph import ChannelGraph, trace
-from compress.importance import Importance, build
+from compress.importance import Importance, Minibatch, build
 from compress.removal import keep_slices
 from compress.selection import select
 
@@ -81,7 +81,7 @@ class Pruner:
         """
         Args:
             example_inputs: the forward pass's positional arguments, for tracing; a tensor is one argument.
-            importance: name of a registered criterion.
+            importance: a registered criterion and its options, `NAME` or `NAME:option=value` (`importance.criterion`).
             events: number of pruning events.
             interval: minibatches from one event to the next.
             round_to: widths stay multiples of this; one that is none to begin with stays or becomes one.
@@ -91,7 +91,8 @@ class Pruner:
             momentum: of the average of scores over events.
 
         Raises:
-            InputError: an argument is out of range, the model cannot be traced or nothing in it can be pruned.
+            InputError: an argument is out of range, the model cannot be traced, nothing in it can be pruned, or the
+                criterion cannot score it.
         """
         for name, value in (
             ("events", events),
@@ -131,7 +132,17 @@ class Pruner:
         """By how much `kept` is above the budget; 0 or less when the budget is met."""
         return self.kept - self.budget.kept
 
-    def step(self, optimizer: torch.optim.Optimizer | None = None, loss: float | None = None) -> Event | None:
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the criterion reads at a step (`Importance.needs`)."""
+        return self.importance.needs
+
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer | None = None,
+        loss: float | None = None,
+        minibatch: Minibatch | None = None,
+    ) -> Event | None:
         """Take in one minibatch; call between `backward()` and `optimizer.step()`.
 
         With a gradient scaler, unscale the gradients first: scores are squares of gradients.
@@ -139,17 +150,18 @@ class Pruner:
         Args:
             optimizer: its state is cut together with the parameters.
             loss: the minibatch's mean loss, for the record.
+            minibatch: inputs and loss function, for criteria that run the network by themselves (`needs`).
 
         Returns:
             The event, when one took place in this call.
 
         Raises:
-            WorkError: a score is NaN or infinite (names the group), a parameter has no gradient, or the optimizer's
-                state cannot be cut.
+            WorkError: a score is NaN or infinite (names the group), something that the criterion needs is not there,
+                or the optimizer's state cannot be cut.
         """
         if self.finished:
             return None
-        self.importance.observe()
+        self.importance.observe(minibatch)
         self.minibatches += 1
         if loss is not None:
             self._losses.append(float(loss))
@@ -183,6 +195,8 @@ class Pruner:
         )
         self.history.append(event)
         self._losses.clear()
+        if self.finished:
+            self.importance.close()
         self._report(event)
         return event
 
@@ -243,6 +257,8 @@ class Pruner:
         self._losses = list(state["losses"])
         self.importance.load_state_dict(state["importance"])
         self.history = [Event(**event) for event in state["history"]]
+        if self.finished:
+            self.importance.close()
 
 
 def _tracer(graph: str) -> Any:

@@ -10,6 +10,7 @@ from compress.errors import InputError, MissingExtraError
 from compress.models import networks
 from compress.training import TrainingConfig, check_fit
 from compress.training.placement import opened_accelerator
+from compress.training.preflight import check_precision
 from deploy.recipe import Recipe
 from deploy.stages import TRUST_ALL, Run, build_model, build_pruner, sample_images
 
@@ -75,6 +76,7 @@ def check(run: Run) -> None:
     for loader in (run.data.train, run.data.test):
         check_fit(model, loader, classes=run.data.classes)
     pruner = build_pruner(model, run)
+    check_precision(recipe.prune.training.precision, pruner.needs)
     groups, frozen = pruner.graph.groups, pruner.graph.frozen
     logger.info("%d channel groups can be pruned, %d sets of layers stay as they are", len(groups), len(frozen))
 

@@ -104,7 +104,7 @@ class BudgetSection(Section):
 class PruneSection(Section):
     """Which channels go, when, and how the network trains meanwhile."""
 
-    importance: str = Field("taylor", description="registered criterion that ranks the channels")
+    importance: str = Field("taylor", description="criterion that ranks the channels, NAME or NAME:option=value")
     budget: BudgetSection = Field(description="what is kept")
     events: int = Field(10, ge=1, description="pruning events until the budget is reached")
     interval: int = Field(10, ge=1, description="minibatches before each event")

@@ -60,6 +60,9 @@ class Group:
         kept: (width,) int64, the channels that are left, by their number when the graph was traced.
         slices: every tensor slice that belongs to the channels.
         producers, consumers: the layers that make and that read the channels.
+        filters: the producers' weights, each with the dimension of its output channels, in the order of the forward
+            pass as everything here.
+        readers: the consumers' weights, each with the dimension of its input channels.
         gates: (parameter, dim) whose product with a common factor gates the channel wherever it is read: the affine
             parameters of the last normalisation before each consumer, or, where none stands there, the filter and bias
             of the producer. With the gate at 0 the network computes what it computes with the channel removed.
@@ -74,6 +77,8 @@ class Group:
     slices: tuple[Slices, ...]
     producers: tuple[Producer, ...]
     consumers: tuple[str, ...]
+    filters: tuple[Slot, ...]
+    readers: tuple[Slot, ...]
     gates: tuple[Slot, ...]
     copies: tuple[int, ...]
     residue: str | None = None
@@ -266,6 +271,8 @@ def _group(
         slices=tuple(slices),
         producers=tuple(Producer(layer, tuple(walk.norms.get(layer, ()))) for layer in layers),
         consumers=tuple(dict.fromkeys(walk.consumers[slot] for slot in mine if slot in walk.consumers)),
+        filters=tuple(made),
+        readers=tuple(slot for slot in mine if slot in walk.consumers),
         gates=tuple(gates),
         copies=tuple(len(part.positions) // len(first) for part in slices if (part.tensor, part.dim) in made),
         residue=next((residue[one] for one in np.unique(channel).tolist() if one in residue), None),

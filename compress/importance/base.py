@@ -1,12 +1,15 @@
 """The contract of an importance criterion, and the registry that names them."""
 
 import difflib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from compress.errors import InputError, WorkError
 from compress.graph import ChannelGraph
@@ -15,11 +18,42 @@ _REGISTRY: dict[str, type["Importance"]] = {}
 
 I = TypeVar("I", bound="type[Importance]")  # noqa: E741
 
+Need = Literal["gradients", "activations", "minibatch"]
+"""What a criterion reads at `observe`.
+
+gradients: the parameters' `.grad`, left by `backward()` of the minibatch's mean loss.
+activations: activations and their gradients, which it takes by itself while the minibatch runs forward and back.
+minibatch: the inputs and the loss function, to run the network by itself.
+"""
+
+Combine = Literal["joint", "mean", "max", "shared-gate"]
+"""How the scores of a group's producers become one; `joint` is the criterion's own rule, given in its formula."""
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """What a criterion needs to run the network by itself.
+
+    Attributes:
+        inputs: positional arguments of the forward pass.
+        loss: the model's output -> mean loss over the images, a scalar; of the outputs of any number of copies of the
+            inputs it is asked for one copy at a time.
+    """
+
+    inputs: tuple[Any, ...]
+    loss: Callable[[Any], Tensor]
+
+    @property
+    def images(self) -> int:
+        """Number of images: the length of the first tensor among the inputs."""
+        return next(len(leaf) for leaf in pytree.tree_leaves(self.inputs) if isinstance(leaf, Tensor) and leaf.dim())
+
 
 def register(name: str) -> Callable[[I], I]:
     """Make a criterion selectable as `importance: NAME`."""
 
     def add(criterion: I) -> I:
+        criterion.name = name
         _REGISTRY[name] = criterion
         return criterion
 
@@ -31,17 +65,66 @@ def criteria() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def build(name: str, model: nn.Module, graph: ChannelGraph, **options: Any) -> "Importance":
-    """The criterion `name` for the groups of `graph`.
+def criterion(text: str) -> tuple[type["Importance"], dict[str, Any]]:
+    """The criterion that `text` names, and its options: `NAME` or `NAME:option=value:option=value`.
+
+    An option's value has the type of its default: `taylor:combine=mean:momentum=0`, `hessian:samples=4`.
 
     Raises:
-        InputError: no criterion has that name.
+        InputError: there is no criterion or no option of that name, or a value does not fit.
     """
+    name, *rest = text.split(":")
     if name not in _REGISTRY:
         near = difflib.get_close_matches(name, _REGISTRY, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(criteria())}."
         raise InputError(f"importance is {name!r}, which is no criterion: {hint}")
-    return _REGISTRY[name](model, graph, **options)
+    known = _options(_REGISTRY[name])
+    options = {}
+    for part in rest:
+        key, equals, value = part.partition("=")
+        if key not in known:
+            raise InputError(f"{name} has no option {key!r}: it has {', '.join(known)}.")
+        default = known[key]
+        example = f"{name}:{key}={str(default).lower() if isinstance(default, bool) else default}"
+        if not equals:
+            raise InputError(f"The option {key} of {name} has no value: write {example}.")
+        try:
+            options[key] = _converted(value, default)
+        except ValueError:
+            raise InputError(f"{part!r} is no value for the option {key} of {name}: write {example}.") from None
+    return _REGISTRY[name], options
+
+
+def build(text: str, model: nn.Module, graph: ChannelGraph, **options: Any) -> "Importance":
+    """The criterion that `text` names (see `criterion`) for the groups of `graph`.
+
+    Args:
+        options: of the criterion; those that `text` gives go before these.
+
+    Raises:
+        InputError: the name or an option is wrong, or the criterion cannot score the model; names the layers.
+    """
+    kind, given = criterion(text)
+    return kind(model, graph, **{**options, **given})
+
+
+def _options(kind: type["Importance"]) -> dict[str, Any]:
+    """Option -> its default."""
+    return {
+        name: parameter.default
+        for cls in reversed(kind.__mro__)
+        if issubclass(cls, Importance) and "__init__" in vars(cls)
+        for name, parameter in inspect.signature(cls).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+
+
+def _converted(value: str, default: Any) -> Any:
+    if isinstance(default, bool):
+        if value not in ("true", "false"):
+            raise ValueError(value)
+        return value == "true"
+    return type(default)(value)
 
 
 class Importance(ABC):
@@ -50,50 +133,94 @@ class Importance(ABC):
     The public methods below keep the average over minibatches and events; a criterion implements `_measure`.
 
     Attributes:
-        needs: what `observe` reads; "gradients" means the parameters' `.grad` after `backward()`.
+        name: in the registry.
+        needs: what `observe` reads. A criterion that needs nothing looks at the weights alone, at each event.
+        combines: the rules that it can combine a group's producers by.
+        signed: whether scores may be negative: removing the channel promises to lower the loss.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    name: ClassVar[str] = ""
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    combines: ClassVar[tuple[Combine, ...]] = ("joint",)
+    signed: ClassVar[bool] = False
 
-    def __init__(self, model: nn.Module, graph: ChannelGraph, *, momentum: float = 0.9) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: ChannelGraph,
+        *,
+        momentum: float = 0.9,
+        combine: Combine = "joint",
+        normalise: bool = False,
+    ) -> None:
         """
         Args:
-            momentum: weight of the earlier events in the exponential average over events, in [0, 1).
+            momentum: weight of the earlier events in the exponential average over events, in [0, 1). Scores that are
+                read off the weights alone have nothing to average.
+            combine: how the scores of a group's producers become one; see `combines` for what a criterion offers.
+            normalise: divide each group's scores by their l2 norm (Molchanov et al. 2017, arXiv 1611.06440, eq. 8).
 
         Raises:
-            InputError: `momentum` is outside [0, 1).
+            InputError: an option is out of range, or the criterion cannot score some group; names the layers.
         """
         if not 0 <= momentum < 1:
             raise InputError(f"momentum is {momentum}, but must lie in [0, 1).")
+        if combine not in get_args(Combine):
+            raise InputError(f"combine is {combine!r}, but must be one of {', '.join(get_args(Combine))}.")
+        if combine not in self.combines:
+            raise InputError(
+                f"combine is {combine!r}, which {self.name} does not offer: choose one of {', '.join(self.combines)}."
+            )
         self.model = model
         self.graph = graph
         self.momentum = momentum
+        self.combine = combine
+        self.normalise = normalise
         self.minibatches = 0
         self._sum: Tensor | None = None  # (all channels of all groups,) float64
         self._average: Tensor | None = None
+        self._refuse()
 
     @abstractmethod
-    def _measure(self) -> Tensor:
+    def _measure(self, minibatch: Minibatch | None) -> Tensor:
         """Scores of one minibatch for all channels, group after group, (channels,), float64."""
 
-    def observe(self) -> None:
-        """Take in one minibatch; call after `backward()`."""
-        measured = self._measure()
-        self._sum = measured if self._sum is None else self._sum.to(measured.device) + measured
+    def _unscorable(self) -> dict[str, str]:
+        """Group -> why the criterion cannot score it, with the layers in question."""
+        return {}
+
+    def observe(self, minibatch: Minibatch | None = None) -> None:
+        """Take in one minibatch; call after `backward()`.
+
+        Raises:
+            WorkError: something in `needs` is not there.
+        """
+        if "minibatch" in self.needs and minibatch is None:
+            raise WorkError(
+                f"The criterion {self.name} runs the network by itself: give pruner.step the minibatch, as "
+                "minibatch=Minibatch(inputs, loss)."
+            )
         self.minibatches += 1
+        if self.needs:
+            measured = self._measure(minibatch)
+            self._sum = measured if self._sum is None else self._sum.to(measured.device) + measured
 
     def scores(self) -> dict[str, Tensor]:
-        """Group -> (width,) float64, never negative: the average over events, today's minibatches included.
+        """Group -> (width,) float64, more important is larger: the average over events, today's minibatches included.
+
+        Never negative, but where `signed` says so. With several processes it is the average over them all.
 
         Raises:
             WorkError: nothing was observed since the last event, or a score is NaN or infinite; names the group.
         """
-        if self._sum is None:
+        if self.minibatches == 0:
             raise WorkError("No minibatch was observed since the last pruning event, so there is nothing to rank by.")
-        mean = self._sum / self.minibatches
-        average = mean
-        if self._average is not None:
-            average = self.momentum * self._average.to(mean.device) + (1 - self.momentum) * mean
+        if self._sum is None:
+            average = self._measure(None)
+        else:
+            average = _over_processes(self._sum / self.minibatches)
+            if self._average is not None:
+                average = self.momentum * self._average.to(average.device) + (1 - self.momentum) * average
         scores = dict(zip(self.graph.groups, average.split(list(self.graph.widths.values())), strict=True))
         for name, values in scores.items():
             if not bool(torch.isfinite(values).all()):
@@ -101,8 +228,12 @@ class Importance(ABC):
                     f"The importance of {int((~torch.isfinite(values)).sum())} channels of {name} is NaN or infinite: "
                     "the training diverged; lower the learning rate."
                 )
-        self._average = average
+        if self._sum is not None:
+            self._average = average
         self._sum, self.minibatches = None, 0
+        if self.normalise:
+            tiny = torch.finfo(torch.float64).tiny
+            scores = {name: values / values.norm().clamp(min=tiny) for name, values in scores.items()}
         return scores
 
     def removed(self, removals: Mapping[str, Tensor], widths: Mapping[str, int]) -> None:
@@ -115,6 +246,13 @@ class Importance(ABC):
                 stays.append(mask)
             self._average = self._average[torch.cat(stays).to(self._average.device)]
         self._sum, self.minibatches = None, 0
+        self._widths_changed()
+
+    def _widths_changed(self) -> None:  # noqa: B027  most criteria derive nothing
+        """Channels went, or an earlier state came: whatever was derived from the graph is to be derived anew."""
+
+    def close(self) -> None:  # noqa: B027  most criteria hold nothing
+        """Let go of the model; called when pruning is finished."""
 
     def state_dict(self) -> dict[str, Any]:
         """Running sums and averages, for a run that is resumed."""
@@ -124,3 +262,24 @@ class Importance(ABC):
         """Take up the state of an earlier run; the graph must have the widths that it had then."""
         self._sum, self._average = state["sum"], state["average"]
         self.minibatches = state["minibatches"]
+        self._widths_changed()
+
+    def _refuse(self) -> None:
+        reasons = self._unscorable()
+        if reasons:
+            listed = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:5])
+            more = f"; and {len(reasons) - 5} more" if len(reasons) > 5 else ""
+            raise InputError(
+                f"{self.name} cannot score {len(reasons)} of {len(self.graph.groups)} channel groups ({listed}{more}): "
+                "choose another criterion, or name these layers in ignore."
+            )
+
+
+def _over_processes(values: Tensor) -> Tensor:
+    """The mean over all processes that train together, so that all of them remove the same channels."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return values
+    values = values.clone()
+    distributed.all_reduce(values)
+    return values / distributed.get_world_size()

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from compress.errors import InputError, WorkError
+from compress.modes import evaluation_mode
 from compress.progress import Bar, progress_bar
-from compress.training.placement import evaluation_mode, opened_accelerator, placed, sharded
+from compress.training.placement import opened_accelerator, placed, sharded
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from compress.training.evaluation import evaluate_on
 from compress.training.history import Epoch, History
 from compress.training.loop import Loop, Pruning
 from compress.training.placement import opened_accelerator, placed, sharded
+from compress.training.preflight import check_precision
 from compress.training.resume import load_state, save_state, structure_digest
 from compress.training.schedule import TrainingConfig
 
@@ -119,6 +120,8 @@ def _check_arguments(
             f"The schedule {config.schedule} needs to know the length of the training, which a pruner "
             "decides as it goes: set schedule: constant for pruning."
         )
+    if pruner is not None:
+        check_precision(config.precision, pruner.needs)
     try:
         batches = len(loader)
     except TypeError as error:

@@ -1,7 +1,8 @@
 """The minibatches of a training: forward, backward, pruner, optimizer."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn, optim
 from torch.nn.parallel import DistributedDataParallel
 
 from compress.errors import InputError, WorkError
+from compress.importance import Minibatch
 from compress.progress import Bar
 from compress.training.distillation import training_loss
 from compress.training.placement import best_layout, set_layout
@@ -22,8 +24,12 @@ class Pruning(Protocol):
     @property
     def finished(self) -> bool: ...
 
-    def step(self, optimizer: optim.Optimizer, *, loss: float) -> object | None:
-        """Observe the gradients; not None says that channels were removed."""
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it reads at a step (`compress.importance.Importance.needs`)."""
+
+    def step(self, optimizer: optim.Optimizer, *, loss: float, minibatch: Minibatch) -> object | None:
+        """Observe the gradients, or run the minibatch; not None says that channels were removed."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -110,26 +116,30 @@ class Loop:
                 f"The model returns a {type(logits).__name__} in training mode but must return a tensor "
                 "of logits: switch its auxiliary outputs off, as model.kwargs.aux_logits: false does for Inception."
             )
-        loss = training_loss(
-            logits,
-            labels,
+        loss = self._loss(labels, taught)(logits)
+        value = loss.item()
+        if math.isfinite(value):
+            self._accelerator.backward(loss)
+            self._update(value, Minibatch((images,), self._loss(labels, taught)))
+        return value
+
+    def _loss(self, labels: Tensor, taught: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """Logits of the minibatch -> the loss that is trained on."""
+        return partial(
+            training_loss,
+            labels=labels,
             label_smoothing=self._config.label_smoothing,
             distillation=self._config.distillation,
             teacher_logits=taught,
         )
-        value = loss.item()
-        if math.isfinite(value):
-            self._accelerator.backward(loss)
-            self._update(value)
-        return value
 
-    def _update(self, loss: float) -> None:
+    def _update(self, loss: float, minibatch: Minibatch) -> None:
         """Let the pruner see the gradients, then move the weights."""
         scaler = self._accelerator.scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         if self._pruner is not None and (scaler is None or self._gradients_are_finite()):
-            event = self._pruner.step(self.optimizer, loss=loss)
+            event = self._pruner.step(self.optimizer, loss=loss, minibatch=minibatch)
             self._wrapped = self._wrapped and event is None
         if scaler is None:
             self.optimizer.step()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from compress.errors import InputError
+from compress.modes import evaluation_mode
 
 logger = logging.getLogger(__name__)
 
@@ -59,18 +60,6 @@ def placed(model: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         model.to(home)
         set_layout(model, torch.contiguous_format)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put `model` in evaluation mode for the block, then every module back in the mode it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def set_layout(model: nn.Module, layout: torch.memory_format) -> None:

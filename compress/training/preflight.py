@@ -1,6 +1,6 @@
 """Do the data fit the model? Asked of a few images before hours of training depend on it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from compress.errors import InputError
-from compress.training.placement import evaluation_mode
+from compress.modes import evaluation_mode
 
 
 def check_fit(model: nn.Module, loader: Iterable[Any], *, classes: Sequence[str] | None = None) -> None:
@@ -36,6 +36,22 @@ def check_fit(model: nn.Module, loader: Iterable[Any], *, classes: Sequence[str]
     if high >= outputs:
         raise InputError(
             f"The model has {outputs} outputs but the labels go up to {high}: set model.kwargs.num_classes: {high + 1}."
+        )
+
+
+def check_precision(precision: str, needs: Collection[str]) -> None:
+    """A pruner that reads gradients of activations cannot be used where the loss is scaled.
+
+    Args:
+        needs: of the pruner's criterion.
+
+    Raises:
+        InputError: precision is fp16 and the criterion needs activations.
+    """
+    if precision == "fp16" and "activations" in needs:
+        raise InputError(
+            "precision is fp16, which scales the gradients of activations that the importance criterion reads: set "
+            "prune.training.precision to bf16 or no, or choose a criterion on parameters such as taylor."
         )
 
 

@@ -55,7 +55,9 @@ class LeastGradientPruner:
     def finished(self):
         return len(self.kept) == self.keep
 
-    def step(self, optimizer=None, loss=None):
+    needs = frozenset({"gradients"})
+
+    def step(self, optimizer=None, loss=None, minibatch=None):
         self.scores += self.model.norm.weight.grad.abs()
         self.minibatches += 1
         if self.minibatches % self.interval:

@@ -1,0 +1,301 @@
+"""A forward pass of which a part can be run again, for many copies of a minibatch at once.
+
+The network is exported in evaluation mode with a free batch dimension (`torch.export`). Its operators are then run one
+by one: once for the minibatch itself, keeping what later runs start from, and after that only what lies behind a
+changed value. A convolution and the batch normalisation behind it are one affine map in evaluation mode and are
+computed as one.
+"""
+
+import operator
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+from compress.errors import first_line
+
+_ATEN: Final = torch.ops.aten
+_CONVOLUTIONS: Final = (_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default)
+_BATCH_NORM: Final = _ATEN._native_batch_norm_legit_no_training.default
+_ANY_LAYOUT: Final = {_ATEN.view.default: _ATEN.reshape.default}
+"""Operators that insist on a memory layout -> the same without."""
+
+Values = dict[fx.Node, Any]
+
+
+class NotCuttableError(Exception):
+    """The forward pass cannot be run in parts; the message says why."""
+
+
+class PartialForward:
+    """The operators of a network's forward pass in evaluation mode.
+
+    Attributes:
+        nodes: the operators in order, without those that no output needs.
+        readers: qualified name of a parameter -> the operators that read it.
+    """
+
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """
+        Args:
+            model: in evaluation mode; its weights are read anew at every `start`, its shapes must stay.
+            inputs: of the forward pass; the first dimension of every tensor in it is the batch, of 2 or more.
+
+        Raises:
+            NotCuttableError: the model cannot be exported, or not with a free batch dimension.
+        """
+        self._model = model
+        free = pytree.tree_map(
+            lambda leaf: {0: torch.export.Dim.AUTO} if isinstance(leaf, Tensor) and leaf.dim() else None, inputs
+        )
+        try:
+            program = torch.export.export(model, inputs, dynamic_shapes=free).run_decompositions({})
+        except Exception as error:  # it fails with anything that the model's forward can raise
+            raise NotCuttableError(f"torch.export cannot capture it: {first_line(error)}") from error
+        graph = program.graph
+        graph.eliminate_dead_code()
+        self._constants = program.constants
+        self._stored: dict[fx.Node, str] = {}
+        self._lifted: dict[fx.Node, str] = {}
+        self._inputs: list[fx.Node] = []
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
+            if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+                self._stored[node] = str(spec.target)
+            elif spec.kind == InputKind.USER_INPUT:
+                self._inputs.append(node)
+            else:
+                self._lifted[node] = str(spec.target)
+        self._batch = _batch_symbol(self._inputs)
+        strange = [node.name for node in graph.nodes if node.op not in ("placeholder", "call_function", "output")]
+        if strange:
+            raise NotCuttableError(f"{strange[0]} is no plain operator")
+        self.nodes = [node for node in graph.nodes if node.op == "call_function"]
+        self.readers = {name: list(node.users) for node, name in self._stored.items()}
+        self._output = next(node for node in graph.nodes if node.op == "output")
+        self._out_spec = program.call_spec.out_spec
+        self._folded = {norm: source for norm in self.nodes if (source := self._convolution_before(norm)) is not None}
+        self._weights: Values = {}
+        self._affine: dict[fx.Node, tuple[Tensor, Tensor]] = {}
+
+    # --- what the graph says ------------------------------------------------------------------------------------
+
+    def stored(self, node: Any) -> str | None:
+        """Name of the parameter or buffer that `node` stands for, None for anything else."""
+        return self._stored.get(node)
+
+    def value_of(self, node: fx.Node) -> fx.Node:
+        """The node that holds an operator's tensor: batch normalisation gives a tuple and others of no use."""
+        if node.target != _BATCH_NORM:
+            return node
+        return next(user for user in node.users if user.target is operator.getitem and user.args[1] == 0)
+
+    def is_folded(self, node: fx.Node) -> bool:
+        """Whether a convolution is computed together with the normalisation behind it, and has no value of its own."""
+        return node in self._folded.values()
+
+    def batch_dims(self, node: fx.Node) -> list[int]:
+        """Dimensions of a tensor along which images are counted."""
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            return []
+        return [dim for dim, size in enumerate(value.shape) if self._batch in _symbols(size)]
+
+    def bytes_per_image(self, nodes: Collection[fx.Node]) -> int:
+        """Size of the largest tensor that the operators give for one image."""
+        sizes = [0]
+        for node in nodes:
+            value = node.meta.get("val")
+            if isinstance(value, Tensor):
+                count = 1
+                for size in value.shape:
+                    count *= self._number(size, 1)
+                sizes.append(count * value.dtype.itemsize)
+        return max(sizes)
+
+    def behind(self, changed: Collection[fx.Node]) -> list[fx.Node]:
+        """`changed` and everything that depends on it, in order; sizes, which follow the batch alone, do not."""
+        found = set(changed)
+        for node in self.nodes:
+            if node not in found and not _is_size(node) and any(source in found for source in node.all_input_nodes):
+                found.add(node)
+        return [node for node in self.nodes if node in found]
+
+    def before(self, nodes: Collection[fx.Node]) -> set[fx.Node]:
+        """Operators outside `nodes` whose values `nodes` or the output read."""
+        inside = set(nodes)
+        read = {source for node in (*nodes, self._output) for source in node.all_input_nodes}
+        return {node for node in read if node not in inside and node.op == "call_function" and not _is_size(node)}
+
+    # --- running ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def start(self, inputs: tuple[Any, ...], keep: Collection[fx.Node]) -> Values:
+        """Run the whole forward pass on a minibatch; returns the values of the nodes in `keep`."""
+        tensors = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+        self._weights = {node: _channels_last(tensors[name].detach()) for node, name in self._stored.items()}
+        for node, name in self._lifted.items():
+            self._weights[node] = self._constants[name]
+        self._affine = {node: self._as_affine(node) for node in self.nodes if self._is_affine(node)}
+        given = dict(zip(self._inputs, map(_channels_last, pytree.tree_leaves(inputs)), strict=True))
+        images = next(len(given[node]) for node in self._inputs if self.batch_dims(node))
+        values: Values = dict(given)
+        kept = set(keep)
+        last = {source: node for node in self.nodes if not self.is_folded(node) for source in self._sources(node)}
+        for node in self.nodes:
+            if self.is_folded(node):
+                continue
+            values[node] = self._call(node, values, {}, 1, images)
+            for source in self._sources(node):
+                # What nobody reads any more makes room.
+                if source in values and source not in kept and last[source] is node and source.op == "call_function":
+                    del values[source]
+        return {node: values[node] for node in kept | set(self._inputs) if node in values}
+
+    def rerun(
+        self,
+        nodes: Sequence[fx.Node],
+        known: Mapping[fx.Node, Any],
+        factors: Mapping[fx.Node, Tensor],
+        *,
+        copies: int,
+        images: int,
+    ) -> Any:
+        """Run `nodes` again for several copies of the minibatch.
+
+        Args:
+            nodes: in order, as `behind` gives them.
+            known: values of the minibatch, from `start`.
+            factors: node -> (copies, ...), what each copy multiplies the node's value with; (copies, 1, C, 1, 1) for an
+                image of channels.
+
+        Returns:
+            The model's output for copies x images, the images of the first copy first.
+        """
+        values: Values = {}
+        inside = set(nodes)
+        for node in nodes:
+            if self.is_folded(node):
+                continue
+            fresh = any(source in values for source in self._sources(node))
+            if fresh:
+                values[node] = self._call(node, values, known, copies, images)
+            factor = factors.get(node)
+            if factor is not None:
+                # Where nothing before it has changed the operator itself need not be run again.
+                value = values[node].unflatten(0, (copies, images)) if fresh else known[node].unsqueeze(0)
+                values[node] = (value * factor).flatten(0, 1)
+        outputs = [
+            values[node] if node in inside else self._tiled(node, known[node], copies)
+            for node in pytree.tree_leaves(self._output.args[0])
+        ]
+        return pytree.tree_unflatten(outputs, self._out_spec)
+
+    def outputs(self) -> list[fx.Node]:
+        """The nodes whose values the model returns."""
+        return [node for node in pytree.tree_leaves(self._output.args[0]) if isinstance(node, fx.Node)]
+
+    def _sources(self, node: fx.Node) -> list[fx.Node]:
+        convolution = self._folded.get(node)
+        return convolution.all_input_nodes if convolution is not None else node.all_input_nodes
+
+    def _call(self, node: fx.Node, values: Values, known: Mapping[fx.Node, Any], copies: int, images: int) -> Any:
+        def value(source: fx.Node) -> Any:
+            if source in values:
+                return values[source]
+            if source in self._weights:
+                return self._weights[source]
+            if _is_size(source):
+                return self._number(source.meta["val"], copies * images)
+            values[source] = self._tiled(source, known[source], copies)
+            return values[source]
+
+        if _is_size(node):
+            return self._number(node.meta["val"], copies * images)
+        if node in self._affine:
+            return (self._normalised(node, value),)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+        target: Any = node.target
+        return _ANY_LAYOUT.get(target, target)(*args, **kwargs)
+
+    def _tiled(self, node: fx.Node, value: Any, copies: int) -> Any:
+        """A value of the minibatch, once for each copy."""
+        dims = self.batch_dims(node)
+        if copies == 1 or not dims or not isinstance(value, Tensor):
+            return value
+        if len(dims) > 1:
+            raise NotCuttableError(f"{node.name} counts images along several dimensions")
+        return torch.cat([value] * copies, dims[0])
+
+    def _number(self, size: Any, images: int) -> Any:
+        """A size of the exported graph for so many images."""
+        if not isinstance(size, torch.SymInt):
+            return size
+        return int(size.node.expr.subs({self._batch: images}))
+
+    def _convolution_before(self, norm: fx.Node) -> fx.Node | None:
+        """The convolution whose only reader is this normalisation, and whose weights are the model's own."""
+        if not self._is_affine(norm) or norm.args[1] is None:
+            return None  # without scale and shift the gate stands on the convolution, which then needs its own value
+        source = norm.args[0]
+        if not isinstance(source, fx.Node) or source.target not in _CONVOLUTIONS or len(source.users) > 1:
+            return None
+        weights = [argument for argument in source.args[1:3] if argument is not None]
+        return source if all(weight in self._stored for weight in weights) else None
+
+    def _is_affine(self, node: fx.Node) -> bool:
+        """Whether this is a batch normalisation with its own statistics: an affine map of each channel."""
+        return node.target == _BATCH_NORM and all(part is None or part in self._stored for part in node.args[1:5])
+
+    def _as_affine(self, norm: fx.Node) -> tuple[Tensor, Tensor]:
+        """(factor, offset) per channel of a normalisation; for a folded one the weight and bias of both together."""
+        scale, shift, mean, variance = (None if part is None else self._weights[part] for part in norm.args[1:5])  # type: ignore[index]
+        assert mean is not None
+        assert variance is not None
+        factor = (variance + norm.args[6]).rsqrt() * (1 if scale is None else scale)
+        offset = (0 if shift is None else shift) - mean * factor
+        convolution = self._folded.get(norm)
+        if convolution is None:
+            return factor, offset
+        weight, bias = (*convolution.args[1:3], None)[:2]
+        own = self._weights[weight]  # type: ignore[index]
+        if bias is not None:
+            offset = offset + self._weights[bias] * factor  # type: ignore[index]
+        return own * factor.view(-1, *[1] * (own.dim() - 1)), offset
+
+    def _normalised(self, norm: fx.Node, value: Callable[[fx.Node], Any]) -> Tensor:
+        first, second = self._affine[norm]
+        convolution = self._folded.get(norm)
+        if convolution is not None:
+            rest = fx.node.map_arg(convolution.args[3:], value)
+            operator_: Any = convolution.target
+            return operator_(value(convolution.args[0]), first, second, *rest, **convolution.kwargs)  # type: ignore[arg-type]
+        features = value(norm.args[0])  # type: ignore[arg-type]
+        shape = [1, -1, *[1] * (features.dim() - 2)]
+        return features * first.view(shape) + second.view(shape)
+
+
+def _batch_symbol(inputs: Sequence[fx.Node]) -> Any:
+    sizes = [node.meta["val"].shape[0] for node in inputs if isinstance(node.meta["val"], Tensor)]
+    free: set[Any] = set().union(*map(_symbols, sizes))
+    if len(free) != 1 or not all(map(_symbols, sizes)):
+        raise NotCuttableError("the forward pass fixes the number of images")
+    return free.pop()
+
+
+def _channels_last(value: Any) -> Any:
+    """A feature map or filter in the layout that computes fastest on CPUs and tensor cores."""
+    if isinstance(value, Tensor) and value.dim() == 4:
+        return value.contiguous(memory_format=torch.channels_last)
+    return value
+
+
+def _symbols(size: Any) -> set[Any]:
+    return size.node.expr.free_symbols if isinstance(size, torch.SymInt) else set()
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.SymInt | torch.SymBool | torch.SymFloat)
