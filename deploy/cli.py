@@ -138,6 +138,64 @@ def bench(
 
 
 @app.command()
+def correlate(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.", metavar="CHECKPOINT")],
+    data: Annotated[
+        str, typer.Option(help="digits, glyphs, cifar10:/path, imagefolder:/path, package.module:function.")
+    ],
+    criteria: Annotated[
+        str | None,
+        typer.Option(
+            help="Criteria, NAME or NAME:option=value, with commas between.  [default: all that fit the network and "
+            "cost less than the oracle]",
+            metavar="A,B,C",
+        ),
+    ] = None,
+    batches: Annotated[int, typer.Option(min=1, help="Minibatches on which everything is measured.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=2, help="Images in a minibatch.")] = 64,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Side in pixels.  [default: the checkpoint's]")] = None,
+    reduction: Annotated[
+        str, typer.Option(help="The oracle's average over minibatches: squared, absolute or signed change of loss.")
+    ] = "squared",
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice of images and of the bootstrap.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory to write.  [default: correlation beside the checkpoint]", metavar="DIR"),
+    ] = None,
+    trust: Trust = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Hold importance criteria against the measured change of loss, on your own network and data."""
+    with command(debug=debug, advice="the same command goes on where it stopped."):
+        from typing import get_args
+
+        from compress.errors import InputError
+        from compress.importance.oracle import Reduction
+        from deploy import correlating
+
+        if reduction not in get_args(Reduction):
+            raise InputError(f"--reduction is {reduction!r}, but must be one of {', '.join(get_args(Reduction))}.")
+        names = None if criteria is None else [name.strip() for name in criteria.split(",") if name.strip()]
+        found = correlating.correlate(
+            checkpoint,
+            data,
+            names=names,
+            batches=batches,
+            batch_size=batch_size,
+            image_size=image_size,
+            reduction=reduction,  # type: ignore[arg-type]  # checked above
+            seed=seed,
+            out=out,
+            trust=trust or (),
+        )
+        if json:
+            emit(found)
+        else:
+            show(*correlating.tables(found), f"Scatter plot and all numbers: {found['directory']}")
+
+
+@app.command()
 def report(
     run_directory: Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN_DIR")], debug: Debug = False
 ) -> None:
