@@ -59,7 +59,7 @@ def agreement(scores: npt.ArrayLike, truth: npt.ArrayLike, *, seed: int = 0, res
         raise HarnessInputError(f"scores of shape {x.shape} cannot be correlated with a truth of shape {y.shape}.")
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise HarnessInputError("scores that are to be correlated hold NaN or infinity.")
-    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+    if len(x) < 3 or x.min() == x.max() or y.min() == y.max():
         nothing = Correlation(value=None, low=None, high=None)
         return Agreement(pearson=nothing, spearman=nothing, kendall=nothing, samples=len(x))
     draws = np.random.default_rng(seed).integers(len(x), size=(resamples, len(x)))
@@ -70,17 +70,27 @@ def agreement(scores: npt.ArrayLike, truth: npt.ArrayLike, *, seed: int = 0, res
             _pearson(ranked_x[None], ranked_y[None])[0],
             _pearson(stats.rankdata(x[draws], axis=1), stats.rankdata(y[draws], axis=1)),
         ),
-        kendall=_estimate(float(stats.kendalltau(x, y).statistic), _kendall(x, y, draws)),
+        kendall=_estimate(float(stats.kendalltau(x, y).statistic), _kendall(ranked_x, ranked_y, draws)),
         samples=len(x),
     )
 
 
 def _pearson(x: Floats, y: Floats) -> Floats:
     """(resamples, n) each -> (resamples,); NaN where a resample does not vary."""
-    x = x - x.mean(axis=1, keepdims=True)
-    y = y - y.mean(axis=1, keepdims=True)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (x * y).sum(axis=1) / np.sqrt((x**2).sum(axis=1) * (y**2).sum(axis=1))
+    x, y = _deviations(x), _deviations(y)
+    return (x * y).sum(axis=1) / np.sqrt((x**2).sum(axis=1) * (y**2).sum(axis=1))
+
+
+def _deviations(values: Floats) -> Floats:
+    """(resamples, n), less their mean and over a power of 2, so that no square overflows or vanishes.
+
+    NaN where nothing varies: equal numbers have a mean that differs from them in the last bit.
+    """
+    _, exponents = np.frexp(np.abs(values).max(axis=1, keepdims=True))
+    scaled = np.ldexp(values, -exponents)
+    scaled -= scaled.mean(axis=1, keepdims=True)
+    scaled[values.min(axis=1) == values.max(axis=1)] = np.nan
+    return scaled
 
 
 def _kendall(x: Floats, y: Floats, draws: npt.NDArray[np.int64]) -> Floats:

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.harness import figures
 from benchmarks.studies import __main__ as studies
-from benchmarks.harness import figures, linear_model
+from benchmarks.studies import linear_model
 from benchmarks.studies.study import Cells, Finding, Options, options, publish
 
 ROOT = Path(__file__).parents[2]
