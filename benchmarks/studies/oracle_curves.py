@@ -206,6 +206,7 @@ def drawn(layer: Sequence[Mapping[str, Any]], wide: Sequence[Mapping[str, Any]])
     drawing, axes = figure(1, 2, width_in=11, height_in=5.6)
     names = [GREEDY, BEST, *dict.fromkeys([*CRITERIA, *WIDE_CRITERIA])]
     looks = {name: (colour(index), ("-", "--", ":", "-.")[index // 7 % 4]) for index, name in enumerate(names)}
+    looks |= {GREEDY: ("#000000", "-"), BEST: ("#e69f00", "--")}
     for panel, runs in zip(axes.flat, (layer, wide), strict=True):
         for name in names:
             if name not in runs[0]["curves"]:
@@ -215,7 +216,9 @@ def drawn(layer: Sequence[Mapping[str, Any]], wide: Sequence[Mapping[str, Any]])
                 for values in zip(*(run["curves"][name] for run in runs), strict=True)
             ]
             x = range(1, len(y) + 1) if panel is axes.flat[0] else [100 * share for share in SHARES]
-            panel.plot(x, y, color=looks[name][0], linestyle=looks[name][1], linewidth=1.5, label=name)
+            oracle = name in (GREEDY, BEST)  # what the others are judged by stands out
+            width, order = (2.8, 3) if oracle else (1.4, 2)
+            panel.plot(x, y, color=looks[name][0], linestyle=looks[name][1], linewidth=width, zorder=order, label=name)
         panel.set_yscale("log")
         panel.set_ylabel("loss (nats), no fine-tuning")
     axes.flat[0].set(xlabel="channels removed, of 16", title="LeNet3's first layer, scored after every removal")

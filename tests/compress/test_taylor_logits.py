@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_criteria import CLOSE, each_net, gated, minibatch, places, prepared, scores_of
+from gates_by_hand import CLOSE, each_net, gated, minibatch, places, prepared, scores_of
 from test_importance import GATES
 from torch import Tensor, nn
 from torch.nn import functional as F
