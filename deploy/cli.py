@@ -172,7 +172,7 @@ def correlate(
 
         from compress.errors import InputError
         from compress.importance.oracle import Reduction
-        from deploy import correlating
+        from deploy import correlating, correlation_views
 
         if reduction not in get_args(Reduction):
             raise InputError(f"--reduction is {reduction!r}, but must be one of {', '.join(get_args(Reduction))}.")
@@ -192,7 +192,7 @@ def correlate(
         if json:
             emit(found)
         else:
-            show(*correlating.tables(found), f"Scatter plot and all numbers: {found['directory']}")
+            show(*correlation_views.tables(found), f"Scatter plot and all numbers: {found['directory']}")
 
 
 @app.command()

@@ -23,10 +23,11 @@ from benchmarks.studies.study import Cells, Finding, Options, options, publish
 from compress import data
 from compress.graph import trace
 from compress.importance import Minibatch
-from compress.importance.comparison import Scores, build_all, score
+from compress.importance.comparison import build_all, score
 from compress.importance.oracle import changes_of_loss, reduce
 from compress.training import evaluate
-from deploy.correlating import ALL, RESIDUAL, compare, residual, scatter
+from deploy.agreement import ALL, RESIDUAL, compare, residual
+from deploy.correlation_views import scatter
 
 RULES = ("taylor", "taylor:combine=mean", "taylor:combine=max", "taylor:combine=shared-gate")
 """The joint rule for a group's producers, and the other three."""
@@ -248,10 +249,7 @@ def run(options: Options) -> None:
             runs.setdefault((name, source), []).append(cell)
     found = {network: [correlations(one) for one in each] for network, each in runs.items()}
     first = runs["resnet20", "digits"][0]
-    model, _ = trained("resnet20", "digits", 0, options)
-    side = SETTINGS["resnet20", "digits"].image_size
-    graph = trace(model, torch.zeros(2, 1, side, side))
-    values = {name: Scores(_tensors(given), 0.0) for name, given in first["criteria"].items() if name in PANELS}
+    values = {name: _tensors(given) for name, given in first["criteria"].items() if name in PANELS}
     skipped = {(_title(network), name) for network, each in runs.items() for one in each for name in one["skipped"]}
     publish(
         options,
@@ -264,7 +262,7 @@ def run(options: Options) -> None:
             "correlations": {_title(network): each for network, each in found.items()},
             "runs": {_title(network): each for network, each in runs.items()},
         },
-        figures={"spearman": drawn(found), "scatter": scatter(values, _tensors(first["oracle"]), graph)},
+        figures={"spearman": drawn(found), "scatter": scatter(values, _tensors(first["oracle"]), first["residual"])},
         notes=[
             f"Means over {len(runs['resnet20', 'digits'])} seeds, in brackets the smallest and the largest. Every "
             "coefficient with its bootstrap interval, per layer too, stands in the JSON file. A pass is one forward "

@@ -157,6 +157,8 @@ class AblatedMinibatch:
         Args:
             masks: group -> (K, width), what each channel is multiplied with in each of K ablations: 0 removes it.
             done: called with the number of ablations that were added.
+            gates_only: multiply the gates alone in groups with a residue too. At 1 their derivatives are those of a
+                gate; at 0 such a channel is not yet removed.
         """
         groups = tuple(masks)
         if any(name not in self._ablation._gates for name in groups):

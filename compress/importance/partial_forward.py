@@ -188,11 +188,11 @@ class PartialForward:
                 # Where nothing before it has changed the operator itself need not be run again.
                 value = values[node].unflatten(0, (copies, images)) if fresh else known[node].unsqueeze(0)
                 values[node] = (value * factor).flatten(0, 1)
-        outputs = [
-            values[node] if node in inside else self._tiled(node, known[node], copies)
-            for node in pytree.tree_leaves(self._output.args[0])
-        ]
-        return pytree.tree_unflatten(outputs, self._out_spec)
+        for node in self.outputs():
+            if node not in inside:
+                values[node] = self._tiled(node, known[node], copies)
+        leaves = pytree.tree_leaves(self._output.args[0])
+        return pytree.tree_unflatten([values.get(leaf, leaf) for leaf in leaves], self._out_spec)
 
     def outputs(self) -> list[fx.Node]:
         """The nodes whose values the model returns."""

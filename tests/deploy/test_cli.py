@@ -16,7 +16,7 @@ from deploy import pipeline
 from deploy.cli import app
 from deploy.console import command
 
-COMMANDS = {"run", "prune", "export", "bench", "report", "inspect", "doctor"}
+COMMANDS = {"run", "prune", "export", "bench", "correlate", "report", "inspect", "doctor"}
 
 
 def invoke(*arguments: str) -> Result:
