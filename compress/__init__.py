@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from compress.errors import EspalierError as EspalierError
     from compress.errors import InputError as InputError
     from compress.errors import WorkError as WorkError
+    from compress.importance import Minibatch as Minibatch
     from compress.pruner import Event as Event
     from compress.pruner import Pruner as Pruner
     from compress.training import TrainingConfig as TrainingConfig
@@ -31,6 +32,7 @@ _HOMES = {
     "EspalierError": "compress.errors",
     "Event": "compress.pruner",
     "InputError": "compress.errors",
+    "Minibatch": "compress.importance",
     "Pruner": "compress.pruner",
     "TrainingConfig": "compress.training",
     "WorkError": "compress.errors",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deploy.artefacts import export_checkpoint as export_checkpoint
+    from deploy.correlating import correlate as correlate
     from deploy.export import export_onnx as export_onnx
     from deploy.inspection import inspect as inspect
     from deploy.parity import check_parity as check_parity
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Recipe": "deploy.recipe",
     "check_parity": "deploy.parity",
+    "correlate": "deploy.correlating",
     "export_checkpoint": "deploy.artefacts",
     "export_onnx": "deploy.export",
     "inspect": "deploy.inspection",

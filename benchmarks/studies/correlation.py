@@ -260,7 +260,10 @@ def run(options: Options) -> None:
         findings=findings(found, runs),
         results={
             "correlations": {_title(network): each for network, each in found.items()},
-            "runs": {_title(network): each for network, each in runs.items()},
+            "runs": {
+                _title(network): [{key: one[key] for key in ("top1", "residual", "seconds", "skipped")} for one in each]
+                for network, each in runs.items()
+            },
         },
         figures={"spearman": drawn(found), "scatter": scatter(values, _tensors(first["oracle"]), first["residual"])},
         notes=[

@@ -246,8 +246,8 @@ def run(options: Options) -> None:
         figures={"curves": drawn(layer, wide)},
         notes=[
             f"Digits, {len(seeds)} seeds. LeNet3: the loss is that of the minibatch of 64 training images, another "
-            "one for every seed, on which everything is scored; after every removal all channels are scored again. The best subset of a size is "
-            "found by measuring every subset of that size"
+            "one for every seed, on which everything is scored; after every removal all channels are scored again. "
+            "The best subset of a size is found by measuring every subset of that size"
             + (f", up to {QUICK_SUBSETS} channels in quick mode." if options.quick else "."),
             "ResNet-20: the channels of all groups are ranked together, the lowest 5 % removed, and so on; no weight "
             "moves.",

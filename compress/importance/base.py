@@ -198,7 +198,7 @@ class Importance(ABC):
         if "minibatch" in self.needs and minibatch is None:
             raise WorkError(
                 f"The criterion {self.name} runs the network by itself: give pruner.step the minibatch, as "
-                "minibatch=compress.importance.Minibatch(inputs, loss)."
+                "minibatch=compress.Minibatch(inputs, loss)."
             )
         self.minibatches += 1
         if self.needs:

@@ -113,5 +113,5 @@ def test_a_loop_of_ones_own_that_gives_no_minibatch_is_told_what_to_give() -> No
     chosen = pruner(model, "oracle")
     images, labels = next(iter(loader()))
     F.cross_entropy(model(images), labels).backward()
-    with pytest.raises(WorkError, match=r"compress\.importance\.Minibatch\(inputs, loss\)"):
+    with pytest.raises(WorkError, match=r"compress\.Minibatch\(inputs, loss\)"):
         chosen.step()
