@@ -36,6 +36,8 @@ def out(tmp_path: Path) -> Path:
         ("prune.budget.macs=1.5", "prune.budget.macs is 1.5, but must be at most 1"),
         ("prune.budget.macs=-0.5", "prune.budget.macs is -0.5, but must be above 0"),
         ("prune.importance=tailor", "'tailor'"),
+        ("prune.importance=taylor:combine=most", "combine is 'most', but must be one of joint, mean, max, shared-gate"),
+        ("prune.importance=magnitude:power=2", "magnitude has no option 'power'"),
         ("prune.ignore=[conv9]", "conv9"),
         ("model.factory=torchvision:resnet51", "resnet51"),
         ("model.factory=espalier:lenet4", "espalier has no model 'lenet4': did you mean 'lenet3'."),
@@ -54,6 +56,13 @@ def test_a_recipe_that_cannot_work(invoke: Any, change: str, expected: str, reci
     result = invoke("run", recipe_file, "--set", change, "--out", out)
     assert expected in sentence(result)
     assert not out.exists()  # said before anything was begun
+
+
+def test_a_criterion_that_cannot_score_the_network_names_the_layers(invoke: Any, recipe_file: Path, out: Path) -> None:
+    changes = ("--set", "model.factory=espalier:lenet3", "--set", "prune.importance=bn-scale")
+    said = sentence(invoke("run", recipe_file, *changes, "--out", out))
+    assert "bn-scale cannot score 4 of 4 channel groups (conv1: no normalisation layer follows conv1; conv2" in said
+    assert not out.exists()
 
 
 def test_a_missing_recipe(invoke: Any, out: Path) -> None:
