@@ -180,20 +180,20 @@ def findings(layer: Sequence[Mapping[str, Any]], wide: Sequence[Mapping[str, Any
         Finding(
             "Gate criteria come closest to the oracle in LeNet3's first layer",
             "first- and second-order Taylor follow the oracle, magnitude and random do not (figures 3 and 4)",
-            "; ".join(f"{name} +{spread(above[name], 3)}" for name in ranked) + " nats above greedy",
+            "; ".join(f"{name} {spread(above[name], 3)}" for name in ranked) + " nats above greedy",
             bool(above["taylor"].mean() < min(above[name].mean() for name in ("magnitude", "random"))),
         ),
         Finding(
             "On the whole of ResNet-20, ranked again after every step",
             "not in the paper",
-            "; ".join(f"{name} +{spread(area[name], 2)}" for name in wide_ranked) + " nats over the dense network, "
+            "; ".join(f"{name} {spread(area[name], 2)}" for name in wide_ranked) + " nats over the dense network, "
             f"mean over {100 * SHARES[0]:.0f} to {100 * SHARES[-1]:.0f} % of the channels removed",
             None,
         ),
         Finding(
             "The joint rule removes with less loss than the other rules for a group's producers",
             "the authors' code uses one shared gate",
-            "; ".join(f"{name} +{spread(area[name], 2)}" for name in rules),
+            "; ".join(f"{name} {spread(area[name], 2)}" for name in rules),
             bool(area["taylor"].mean() <= min(area[name].mean() for name in rules)),
         ),
     ]

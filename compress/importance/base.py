@@ -218,7 +218,7 @@ class Importance(ABC):
         if self._sum is None:
             average = self._measure(None)
         else:
-            average = _over_processes(self._sum / self.minibatches)
+            average = _over_processes(self._sum / self.minibatches, next(self.model.parameters()).device)
             if self._average is not None:
                 average = self.momentum * self._average.to(average.device) + (1 - self.momentum) * average
         scores = dict(zip(self.graph.groups, average.split(list(self.graph.widths.values())), strict=True))
@@ -275,11 +275,15 @@ class Importance(ABC):
             )
 
 
-def _over_processes(values: Tensor) -> Tensor:
-    """The mean over all processes that train together, so that all of them remove the same channels."""
+def _over_processes(values: Tensor, device: torch.device) -> Tensor:
+    """The mean over all processes that train together, so that all of them remove the same channels.
+
+    Args:
+        device: where the processes exchange tensors, that of the model.
+    """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return values
-    values = values.clone()
+    values = values.to(device, copy=True)
     distributed.all_reduce(values)
     return values / distributed.get_world_size()

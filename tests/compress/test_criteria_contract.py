@@ -253,3 +253,16 @@ def test_a_criterion_that_cannot_score_a_model_names_the_layers(name: str, net: 
     with pytest.raises(InputError, match=sentence + r".*ignore\.$" if "choose" not in sentence else sentence):
         build(name, model, graph)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_processes_that_train_together_score_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes, of which the other one's scores are 1 higher."""
+    model, graph = prepared(Residual)
+    alone = scores_of("oracle", model, graph)
+    importance = build("oracle", model, graph)
+    importance.observe(minibatch())
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: values.mul_(2).add_(1))
+    for name, values in importance.scores().items():
+        torch.testing.assert_close(values, alone[name] + 0.5)
