@@ -78,23 +78,14 @@ class FromActivations(Importance):
             )
         if self._sums is None:
             self._sums = SliceSums(self.model, self.graph)
-        return [torch.cat(list(self._rows(products, self._sums)), 1) for products in passes]
-
-    def _rows(self, products: dict[str, Tensor], sums: SliceSums) -> Any:
-        for name, stations in sums.stations.items():
-            for station in stations:
-                if station.layer not in products:
-                    raise WorkError(
-                        f"{station.layer} took no part in the forward and backward pass, so the channels of {name} "
-                        "cannot be scored: name the layer in ignore."
-                    )
-                part = station.parts[0]
-                product = products[station.layer]
-                row = torch.zeros(
-                    len(product), self.graph.groups[name].width, dtype=torch.float64, device=product.device
+        for name, stations in self._sums.stations.items():
+            silent = [s.layer for s in stations if any(s.layer not in products for products in passes)]
+            if silent:
+                raise WorkError(
+                    f"{silent[0]} took no part in the forward and backward pass, so the channels of {name} cannot be "
+                    "scored: name the layer in ignore."
                 )
-                positions, channels = part.positions.to(product.device), part.channels.to(product.device)
-                yield row.index_add_(1, channels, product[:, positions].double())
+        return [self._sums.of_layers(products) for products in passes]
 
     def _widths_changed(self) -> None:
         self._sums = None

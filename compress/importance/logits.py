@@ -10,7 +10,7 @@ from compress.errors import InputError
 from compress.graph import ChannelGraph
 from compress.importance.activations import CHANNELS_LAST, on_output, without_own_output
 from compress.importance.base import Importance, Minibatch, Need, register
-from compress.importance.slices import SliceSums, gates
+from compress.importance.slices import SliceSums
 from compress.modes import aside
 
 
@@ -61,7 +61,11 @@ class TaylorLogits(Importance):
     def _expanded(self, minibatch: Minibatch, sums: SliceSums) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (N, classes), slopes of the largest by every gate (N, k, channels), and which those are (N, k)."""
         factors: dict[str, list[Tensor]] = {}
-        layers = dict.fromkeys(station.layer for group in self.graph.groups.values() for station in gates(group))
+        layers = {
+            station.layer: self.graph.sizes[station.parts[0].tensor, station.parts[0].dim]
+            for stations in sums.stations.values()
+            for station in stations
+        }
         modules = {layer: self.model.get_submodule(layer) for layer in layers}
         handles = [
             on_output(module, _gate(factors.setdefault(layer, []), isinstance(module, CHANNELS_LAST)))
@@ -84,16 +88,12 @@ class TaylorLogits(Importance):
                 chosen[:, index].sum(), every, retain_graph=True, allow_unused=True, materialize_grads=True
             )
             by_factor = dict(zip(map(id, every), found, strict=True))
-            by_layer = {layer: sum(by_factor[id(factor)] for factor in factors[layer]) for layer in layers}
-            rows = []
-            for name, stations in sums.stations.items():
-                for station in stations:
-                    part = station.parts[0]
-                    slope: Any = by_layer[station.layer]
-                    row = slope.new_zeros(len(logits), self.graph.groups[name].width)
-                    positions, channels = part.positions.to(row.device), part.channels.to(row.device)
-                    rows.append(row.index_add_(1, channels, slope[:, positions]))
-            slopes.append(sums.sum_of_each(torch.cat(rows, 1)))
+            by_layer = {
+                # A layer that runs in training mode only, of an auxiliary head, changes no logit.
+                layer: sum((by_factor[id(one)] for one in factors[layer]), logits.new_zeros(len(logits), size))
+                for layer, size in layers.items()
+            }
+            slopes.append(sums.sum_of_each(sums.of_layers(by_layer)))
         return logits.detach(), torch.stack(slopes, 1).to(logits.dtype), largest
 
     def _widths_changed(self) -> None:

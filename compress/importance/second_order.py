@@ -45,16 +45,25 @@ class OnGates(Importance):
                 factors = torch.ones(len(channels), dtype=torch.float64, requires_grad=True)
                 masks = 1 + one_hot(channels, group.width) * (factors[:, None] - 1)
                 losses = state.losses({name: masks}, gates_only=True)
-                (gradient,) = torch.autograd.grad(losses.sum(), factors, create_graph=True)
-                curvature = torch.zeros_like(gradient)
+                # Where the loss, or its slope, does not depend on the gates, there is nothing to differentiate.
+                gradient = curvature = torch.zeros_like(factors, requires_grad=False)
+                if losses.requires_grad:
+                    gradient = _derivative(losses, factors, create_graph=True)
                 if gradient.requires_grad:
-                    (curvature,) = torch.autograd.grad(gradient.sum(), factors)
+                    curvature = _derivative(gradient, factors)
                 first.append(gradient.detach())
                 second.append(curvature)
         return torch.cat(first), torch.cat(second)
 
     def _widths_changed(self) -> None:
         self._ablation = None
+
+
+def _derivative(values: Tensor, factors: Tensor, *, create_graph: bool = False) -> Tensor:
+    """(K,) derivatives of each value by its own factor; 0 where it does not depend on it."""
+    return torch.autograd.grad(
+        values.sum(), factors, create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )[0]
 
 
 @register("taylor-so")
@@ -199,7 +208,7 @@ class HessianDiagonal(Importance):
             finally:
                 for handle in handles:
                     handle.remove()
-            torch.autograd.grad(loss, list(weights.values()))
+            torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
         return total
 
     def _widths_changed(self) -> None:
@@ -223,9 +232,15 @@ def _hessian_vector(
     chosen = [parameters[name] for name in names]
     with aside(model), torch.enable_grad():
         loss = minibatch.loss(model(*minibatch.inputs))
-        gradients = torch.autograd.grad(loss, chosen, create_graph=True)
+        # Unused are the layers that run in training mode only: auxiliary heads.
+        gradients = torch.autograd.grad(loss, chosen, create_graph=True, allow_unused=True, materialize_grads=True)
+        curved = [(gradient, name) for gradient, name in zip(gradients, names, strict=True) if gradient.requires_grad]
         products = torch.autograd.grad(
-            gradients, chosen, [direction[name] for name in names], allow_unused=True, materialize_grads=True
+            [gradient for gradient, _ in curved],
+            chosen,
+            [direction[name] for _, name in curved],
+            allow_unused=True,
+            materialize_grads=True,
         )
     return dict(zip(names, (g.detach() for g in gradients), strict=True)), dict(zip(names, products, strict=True))
 

@@ -113,6 +113,17 @@ class SliceSums:
             total.index_add_(0, self._rows, torch.cat(parts))
         return total
 
+    def of_layers(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Layer -> (images, size), one value for each channel of its output; returns (images, rows) float64."""
+        found = []
+        for stations in self.stations.values():
+            for station in stations:
+                part, value = station.parts[0], values[station.layer]
+                row = torch.zeros(len(value), int(part.channels.max()) + 1, dtype=torch.float64, device=value.device)
+                positions, channels = part.positions.to(value.device), part.channels.to(value.device)
+                found.append(row.index_add_(1, channels, value[:, positions].double()))
+        return torch.cat(found, 1)
+
     def sum(self, rows: Tensor) -> Tensor:
         """(rows,) -> (channels,): each channel's rows, times their stations' factors, added up."""
         total = torch.zeros(self.channels, dtype=torch.float64, device=rows.device)

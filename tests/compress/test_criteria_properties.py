@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from gates_by_hand import CLOSE
 from hypothesis import HealthCheck, given, settings
@@ -135,3 +136,33 @@ def test_all_rules_agree_in_a_group_with_one_gate(spec: Spec) -> None:
             if len(group.filters) == 1:
                 torch.testing.assert_close(mean[group.name], joint[group.name], **CLOSE)
                 torch.testing.assert_close(largest[group.name], joint[group.name], **CLOSE)
+
+
+class WithAuxiliaryHead(nn.Module):
+    """As Inception has one: a second classifier that runs in training mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm = nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6)
+        self.extra, self.extra_norm = nn.Conv2d(6, 5, 3), nn.BatchNorm2d(5)
+        self.extra_head, self.head = nn.Linear(5, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.body(x)))
+        logits = self.head(x.mean((2, 3)))
+        if self.training:
+            logits = logits + self.extra_head(torch.relu(self.extra_norm(self.extra(x))).mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("name", criteria())
+def test_an_auxiliary_head_can_be_scored(name: str) -> None:
+    torch.manual_seed(0)
+    model = WithAuxiliaryHead().train()
+    images, labels = torch.randn(6, 2, 8, 8), torch.arange(6) % 3
+    graph = trace(model, images)
+    assert set(graph.groups) == {"body", "extra"}
+    importance = build(name, model, graph)
+    F.cross_entropy(model(images), labels).backward()
+    importance.observe(Minibatch((images,), lambda logits: F.cross_entropy(logits, labels)))
+    assert all(torch.isfinite(values).all() for values in importance.scores().values())
