@@ -132,7 +132,7 @@ def coefficient(runs: Sequence[Mapping[str, Any]], criterion: str, part: str, ki
 def findings(found: Mapping[tuple[Name, Source], Sequence[Any]], runs: Mapping[Any, Sequence[Run]]) -> list[Finding]:
     """What the coefficients say, means over seeds."""
     rows = []
-    paper = "> 93 % for first-order gates, on ImageNet networks (abstract and section 4)"
+    paper = "> 93 % correlation, on networks trained on ImageNet (abstract)"
     for network, each in found.items():
         title = _title(network)
         spearman, pearson = (coefficient(each, "taylor", ALL, kind) for kind in ("spearman", "pearson"))
@@ -152,7 +152,7 @@ def findings(found: Mapping[tuple[Name, Source], Sequence[Any]], runs: Mapping[A
         rows.append(
             Finding(
                 f"The same over the residual streams alone: {title}",
-                "skip connections are harder; no number to compare",
+                "no number that we know of",
                 f"Spearman {spread(taylor, 3)}",
                 None,
             )
@@ -179,7 +179,7 @@ def findings(found: Mapping[tuple[Name, Source], Sequence[Any]], runs: Mapping[A
         rows.append(
             Finding(
                 f"What lifts the residual streams to 0.93: {title}",
-                "second-order terms; the paper found them of little use for the whole network",
+                "no number that we know of",
                 "; ".join(lifted),
                 bool(reached >= 0.93),
             )
@@ -188,7 +188,7 @@ def findings(found: Mapping[tuple[Name, Source], Sequence[Any]], runs: Mapping[A
         rows.append(
             Finding(
                 f"Sizes of weights say little: {title}",
-                "magnitude and scales of normalisation correlate far less than gates",
+                "no number that we know of",
                 "; ".join(f"{name} {spread(coefficient(each, name, ALL), 3)}" for name in weights),
                 bool(max(coefficient(each, name, ALL).mean() for name in weights) < rules["taylor"].mean()),
             )

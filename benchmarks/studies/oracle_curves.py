@@ -173,13 +173,13 @@ def findings(layer: Sequence[Mapping[str, Any]], wide: Sequence[Mapping[str, Any
     return [
         Finding(
             "The greedy oracle is as good as the best subset",
-            "both oracles lie close together, the combinatorial one slightly below (figure 2)",
+            "figures 2 to 4 draw these curves; no number that we know of",
             f"greedy is {spread(above_best, 4)} nats above the best subset on average",
             bool(above_best.mean() < 0.1 * np.mean([above["random"].mean(), 1e-9])),
         ),
         Finding(
             "Gate criteria come closest to the oracle in LeNet3's first layer",
-            "first- and second-order Taylor follow the oracle, magnitude and random do not (figures 3 and 4)",
+            "figures 2 to 4 draw these curves; no number that we know of",
             "; ".join(f"{name} {spread(above[name], 3)}" for name in ranked) + " nats above greedy",
             bool(above["taylor"].mean() < min(above[name].mean() for name in ("magnitude", "random"))),
         ),
