@@ -231,7 +231,7 @@ def drawn(found: Mapping[tuple[Name, Source], Sequence[Any]]) -> Figure:
                 x, y = zip(*points, strict=True)
                 panel.scatter(x, y, s=16, color=colour(index), marker="os"[index], linewidths=0, alpha=0.8, label=label)
         panel.axvline(0.93, color="#888888", linewidth=1, linestyle="--")
-        panel.set(xlim=(-0.4, 1.05), yticks=range(len(ranked)), xlabel="Spearman", title=_title(network))
+        panel.set(xlim=(-0.6, 1.05), yticks=range(len(ranked)), xlabel="Spearman", title=_title(network))
         panel.set_yticklabels(ranked if panel is axes.flat[0] else [])
     legend(drawing, axes.flat, columns=2)
     return drawing

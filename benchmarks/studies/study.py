@@ -145,7 +145,8 @@ def publish(
         "findings": [asdict(finding) for finding in findings],
         "results": results,
     }
-    write_json(options.out / f"{study}.json", document)
+    # On one line: tens of thousands of numbers, for programs.
+    write_text(options.out / f"{study}.json", json.dumps(document, allow_nan=False) + "\n")
     for name, figure in figures.items():
         with replacing(options.out / f"{study}-{name}.png") as temporary:
             figure.savefig(temporary, dpi=150, metadata={"Software": None})  # the same bytes with every run

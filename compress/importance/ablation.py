@@ -264,7 +264,7 @@ def _gates(group: Group, forward: PartialForward) -> tuple[_Gate, ...] | None:
         part = parts[slot]
         for reader in forward.readers.get(part.tensor, ()):
             node = forward.value_of(reader)
-            if reader.target not in (*_FIRST_AXIS, *_LAST_AXIS) or forward.is_folded(reader):
+            if reader.target not in (*_FIRST_AXIS, *_LAST_AXIS) or forward.has_no_value(reader):
                 return None
             own = [forward.stored(argument) for argument in reader.args[1:3]]
             if any(tensor is not None and not _gated(group, tensor) for tensor in own):

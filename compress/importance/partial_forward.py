@@ -2,12 +2,11 @@
 
 The network is exported in evaluation mode with a free batch dimension (`torch.export`). Its operators are then run one
 by one: once for the minibatch itself, keeping what later runs start from, and after that only what lies behind a
-changed value. A convolution and the batch normalisation behind it are one affine map in evaluation mode and are
-computed as one.
+changed value.
 """
 
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -16,10 +15,9 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from compress.errors import first_line
+from compress.importance.normalisations import BATCH_NORM, CONVOLUTIONS, Normalisations
 
 _ATEN: Final = torch.ops.aten
-_CONVOLUTIONS: Final = (_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default)
-_BATCH_NORM: Final = _ATEN._native_batch_norm_legit_no_training.default
 _ANY_LAYOUT: Final = {_ATEN.view.default: _ATEN.reshape.default}
 """Operators that insist on a memory layout -> the same without."""
 
@@ -86,10 +84,9 @@ class PartialForward:
         self.readers = {name: list(node.users) for node, name in self._stored.items()}
         self._output = next(node for node in graph.nodes if node.op == "output")
         self._out_spec = program.call_spec.out_spec
-        self._folded = {norm: source for norm in self.nodes if (source := self._convolution_before(norm)) is not None}
+        self._norms = Normalisations(self.nodes, self._stored)
         self._overwriting = {node for node in self.nodes if self._may_overwrite(node)}
         self._weights: Values = {}
-        self._affine: dict[fx.Node, tuple[Tensor, Tensor]] = {}
 
     # --- what the graph says ------------------------------------------------------------------------------------
 
@@ -99,13 +96,13 @@ class PartialForward:
 
     def value_of(self, node: fx.Node) -> fx.Node:
         """The node that holds an operator's tensor: batch normalisation gives a tuple and others of no use."""
-        if node.target != _BATCH_NORM:
+        if node.target != BATCH_NORM:
             return node
         return next(user for user in node.users if user.target is operator.getitem and user.args[1] == 0)
 
-    def is_folded(self, node: fx.Node) -> bool:
-        """Whether a convolution is computed together with the normalisation behind it, and has no value of its own."""
-        return node in self._folded.values()
+    def has_no_value(self, node: fx.Node) -> bool:
+        """Whether an operator is computed together with the one behind it."""
+        return self._norms.computes(node)
 
     def batch_dims(self, node: fx.Node) -> list[int]:
         """Dimensions of a tensor along which images are counted."""
@@ -149,17 +146,17 @@ class PartialForward:
         self._weights = {node: _channels_last(tensors[name].detach()) for node, name in self._stored.items()}
         for node, name in self._lifted.items():
             self._weights[node] = self._constants[name]
-        self._affine = {node: self._as_affine(node) for node in self.nodes if self._is_affine(node)}
+        self._norms.prepare(self._weights)
         given = dict(zip(self._inputs, map(_channels_last, pytree.tree_leaves(inputs)), strict=True))
         images = next(len(given[node]) for node in self._inputs if self.batch_dims(node))
         values: Values = dict(given)
         kept = set(keep)
         last = self._last_readers(self.nodes)
         for node in self.nodes:
-            if self.is_folded(node):
+            if self._norms.computes(node):
                 continue
             values[node] = self._call(node, values, {}, 1, images)
-            for source in self._sources(node):
+            for source in self._norms.sources(node):
                 # What nobody reads any more makes room.
                 if (
                     source in values
@@ -196,9 +193,9 @@ class PartialForward:
         reuse = not torch.is_grad_enabled()
         last = self._last_readers(nodes) if reuse else {}
         for node in nodes:
-            if self.is_folded(node):
+            if self._norms.computes(node):
                 continue
-            sources = self._sources(node)
+            sources = self._norms.sources(node)
             fresh = any(source in values for source in sources)
             if fresh:
                 overwrite = reuse and node in self._overwriting and node.args[0] in inside
@@ -221,13 +218,11 @@ class PartialForward:
         """The nodes whose values the model returns."""
         return [node for node in pytree.tree_leaves(self._output.args[0]) if isinstance(node, fx.Node)]
 
-    def _sources(self, node: fx.Node) -> list[fx.Node]:
-        convolution = self._folded.get(node)
-        return convolution.all_input_nodes if convolution is not None else node.all_input_nodes
-
     def _last_readers(self, nodes: Sequence[fx.Node]) -> Values:
         """Node -> the last of `nodes` that reads its value; outputs are read to the end."""
-        last = {source: node for node in nodes if not self.is_folded(node) for source in self._sources(node)}
+        last = {
+            source: node for node in nodes if not self._norms.computes(node) for source in self._norms.sources(node)
+        }
         for node in self.outputs():
             last.pop(node, None)
         return last
@@ -240,7 +235,7 @@ class PartialForward:
         if not isinstance(source, fx.Node) or len(source.users) > 1 or node.args.count(source) > 1:
             return False
         maker = source.args[0] if source.target is operator.getitem else source
-        own = (*_CONVOLUTIONS, _BATCH_NORM, _ATEN.add.Tensor, _ATEN.mul.Tensor)
+        own = (*CONVOLUTIONS, BATCH_NORM, _ATEN.add.Tensor, _ATEN.mul.Tensor)
         if not isinstance(maker, fx.Node) or maker.target not in own:
             return False
         before, after = source.meta["val"], node.meta["val"]
@@ -268,8 +263,8 @@ class PartialForward:
 
         if _is_size(node):
             return self._number(node.meta["val"], copies * images)
-        if node in self._affine:
-            return (self._normalised(node, value),)
+        if node in self._norms:
+            return (self._norms.compute(node, value),)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
         target: Any = node.target
         if overwrite:
@@ -290,47 +285,6 @@ class PartialForward:
         if not isinstance(size, torch.SymInt):
             return size
         return int(size.node.expr.subs({self._batch: images}))
-
-    def _convolution_before(self, norm: fx.Node) -> fx.Node | None:
-        """The convolution whose only reader is this normalisation, and whose weights are the model's own."""
-        if not self._is_affine(norm) or norm.args[1] is None:
-            return None  # without scale and shift the gate stands on the convolution, which then needs its own value
-        source = norm.args[0]
-        if not isinstance(source, fx.Node) or source.target not in _CONVOLUTIONS or len(source.users) > 1:
-            return None
-        weights = [argument for argument in source.args[1:3] if argument is not None]
-        return source if all(weight in self._stored for weight in weights) else None
-
-    def _is_affine(self, node: fx.Node) -> bool:
-        """Whether this is a batch normalisation with its own statistics: an affine map of each channel."""
-        return node.target == _BATCH_NORM and all(part is None or part in self._stored for part in node.args[1:5])
-
-    def _as_affine(self, norm: fx.Node) -> tuple[Tensor, Tensor]:
-        """(factor, offset) per channel of a normalisation; for a folded one the weight and bias of both together."""
-        scale, shift, mean, variance = (None if part is None else self._weights[part] for part in norm.args[1:5])  # type: ignore[index]
-        assert mean is not None
-        assert variance is not None
-        factor = (variance + norm.args[6]).rsqrt() * (1 if scale is None else scale)
-        offset = (0 if shift is None else shift) - mean * factor
-        convolution = self._folded.get(norm)
-        if convolution is None:
-            return factor, offset
-        weight, bias = (*convolution.args[1:3], None)[:2]
-        own = self._weights[weight]  # type: ignore[index]
-        if bias is not None:
-            offset = offset + self._weights[bias] * factor  # type: ignore[index]
-        return own * factor.view(-1, *[1] * (own.dim() - 1)), offset
-
-    def _normalised(self, norm: fx.Node, value: Callable[[fx.Node], Any]) -> Tensor:
-        first, second = self._affine[norm]
-        convolution = self._folded.get(norm)
-        if convolution is not None:
-            rest = fx.node.map_arg(convolution.args[3:], value)
-            operator_: Any = convolution.target
-            return operator_(value(convolution.args[0]), first, second, *rest, **convolution.kwargs)  # type: ignore[arg-type]
-        features = value(norm.args[0])  # type: ignore[arg-type]
-        shape = [1, -1, *[1] * (features.dim() - 2)]
-        return features * first.view(shape) + second.view(shape)
 
 
 def _batch_symbol(inputs: Sequence[fx.Node]) -> Any:
