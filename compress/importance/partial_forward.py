@@ -142,7 +142,11 @@ class PartialForward:
     @torch.no_grad()
     def start(self, inputs: tuple[Any, ...], keep: Collection[fx.Node]) -> Values:
         """Run the whole forward pass on a minibatch; returns the values of the nodes in `keep`."""
-        tensors = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+        # With all names of a shared tensor, for the export may have chosen another one.
+        tensors: dict[str, Tensor] = {
+            **dict(self._model.named_parameters(remove_duplicate=False)),
+            **dict(self._model.named_buffers(remove_duplicate=False)),
+        }
         self._weights = {node: _channels_last(tensors[name].detach()) for node, name in self._stored.items()}
         for node, name in self._lifted.items():
             self._weights[node] = self._constants[name]
@@ -189,7 +193,7 @@ class PartialForward:
         """
         values: Values = {}
         inside = set(nodes)
-        # Memory that is used again while it is in the cache: a third of the time on a CPU. Autograd needs all of it.
+        # Memory is used again while it is still in the cache; autograd would need all of it.
         reuse = not torch.is_grad_enabled()
         last = self._last_readers(nodes) if reuse else {}
         for node in nodes:

@@ -1,9 +1,11 @@
 """The real command, a recipe that takes seconds, and one complete run of it that the tests share."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -82,7 +84,14 @@ def started() -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
         command = [*COMMAND, *map(str, arguments)]
         processes.append(
             subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment()
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
+                env=environment(),
+                # A shell that runs the tests in the background has interrupts ignored, which children inherit.
+                preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
             )
         )
         return processes[-1]
