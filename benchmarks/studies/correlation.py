@@ -6,9 +6,8 @@ The oracle and all criteria see the same minibatches of training images, in eval
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import chain, islice, repeat
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.harness.figures import colour, figure, legend
 from benchmarks.studies.networks import BATCH_SIZE, SETTINGS, TITLES, Name, Source, spread, trained
+from benchmarks.studies.networks import minibatches as training_minibatches
 from benchmarks.studies.study import Cells, Finding, Options, options, publish
 from compress import data
 from compress.graph import trace
@@ -75,8 +75,7 @@ Run = Mapping[str, Any]
 def minibatches(source: Source, image_size: int, count: int, seed: int) -> list[Minibatch]:
     """Minibatches of the training split without augmentation; as many passes over it as that takes."""
     loaded = data.load(source, batch_size=BATCH_SIZE, image_size=image_size, augment=False)
-    torch.manual_seed(seed)
-    pairs: Iterator[tuple[Tensor, Tensor]] = islice(chain.from_iterable(repeat(loaded.train)), count)
+    pairs = training_minibatches(loaded, count, seed=seed)
     return [Minibatch((images,), partial(cross_entropy, target=labels)) for images, labels in pairs]
 
 

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from compress.graph import ChannelGraph
 from compress.graph.groups import Group
 from compress.importance.base import Minibatch
+from compress.importance.normalisations import BATCH_NORM, CONVOLUTIONS
 from compress.importance.partial_forward import NotCuttableError, PartialForward
 from compress.modes import aside
 
@@ -26,13 +27,11 @@ _TOLERANCE: Final = 1e-3
 
 _LAST_AXIS: Final = (torch.ops.aten.linear.default,)
 _FIRST_AXIS: Final = (
-    torch.ops.aten.conv1d.default,
-    torch.ops.aten.conv2d.default,
-    torch.ops.aten.conv3d.default,
+    *CONVOLUTIONS,
+    BATCH_NORM,
     torch.ops.aten.conv_transpose1d.default,
     torch.ops.aten.conv_transpose2d.input,
     torch.ops.aten.conv_transpose3d.input,
-    torch.ops.aten._native_batch_norm_legit_no_training.default,
 )
 
 
