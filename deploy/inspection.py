@@ -20,8 +20,8 @@ from compress import checkpoint
 from compress.errors import InputError
 from compress.files import sha256
 from deploy import manifest
-from deploy.artefacts import onnx_specs
-from deploy.export import PREFIX, read_metadata, read_onnx
+from deploy.metadata import decode
+from deploy.onnx_file import SUFFIX, onnx_specs, read_onnx
 from deploy.recipe_text import read_recipe
 from deploy.run_directory import RunDirectory
 
@@ -36,7 +36,7 @@ def inspect(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise InputError(f"{path} does not exist: give a checkpoint directory, an ONNX file or a run directory.")
     if path.is_file():
-        if path.suffix != ".onnx":
+        if path.suffix != SUFFIX:
             raise InputError(f"{path} is no ONNX file: give one that ends in .onnx, a checkpoint or a run directory.")
         return _onnx(path)
     if (path / checkpoint.ARCHITECTURE).exists():
@@ -90,7 +90,7 @@ def _shapes(weights: Path) -> dict[str, list[int]]:
 def _onnx(path: Path) -> dict[str, Any]:
     model = read_onnx(path)
     inputs, outputs = onnx_specs(model, path)
-    ours = any(entry.key.startswith(PREFIX) for entry in model.metadata_props)
+    about = decode(model.metadata_props, str(path))
     listed = None
     if (path.parent / manifest.FILE_NAME).exists():
         listed = manifest.verify(path.parent).entry(path.name) is not None
@@ -103,7 +103,7 @@ def _onnx(path: Path) -> dict[str, Any]:
         "operators": dict(Counter(node.op_type for node in model.graph.node).most_common()),
         "numbers_stored": sum(prod(tensor.dims) for tensor in model.graph.initializer),
         "size_bytes": path.stat().st_size,
-        "metadata": read_metadata(path).model_dump(mode="json") if ours else None,
+        "metadata": about.model_dump(mode="json") if about else None,
         "in_manifest": listed,
         "sha256": sha256(path),
     }

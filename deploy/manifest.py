@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, StringConstraints, ValidationError
 
 from compress.errors import InputError
 from compress.files import sha256, write_text
-from deploy.runtimes.base import TensorSpec
+from deploy.metadata import Quantisation
+from deploy.precision import Precision, Target
+from deploy.tensor_spec import TensorSpec
 
 FILE_NAME = "manifest.json"
 
@@ -31,15 +33,40 @@ class File(_Strict):
     size_bytes: NonNegativeInt
 
 
+class Profile(_Strict):
+    """Shapes of one input that an engine takes: all between the first and the last, fastest at the middle one."""
+
+    minimum: tuple[int, ...]
+    optimum: tuple[int, ...]
+    maximum: tuple[int, ...]
+
+
+class EngineRecord(_Strict):
+    """Where a TensorRT engine runs and how it was built."""
+
+    tensorrt_version: str
+    gpu: str
+    compute_capability: tuple[int, int]
+    profiles: dict[str, Profile]
+    """Input -> shapes; one optimisation profile."""
+    settings: dict[str, Any]
+    """The builder's settings, TF32 among them."""
+
+
 class Entry(File):
     """One artefact."""
 
     kind: Literal["onnx", "plan"]
-    precision: str
+    precision: Precision
+    target: Target = "any"
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     checkpoint_sha256: str
     """Digest of the checkpoint that it came from; empty if it came from none."""
+    source_sha256: str = ""
+    """Digest of the ONNX file that an engine was built from."""
+    quantisation: Quantisation | None = None
+    engine: EngineRecord | None = None
     weights: File | None = None
     """The external data file of an ONNX file too large to hold its weights."""
     tool_versions: dict[str, str]
@@ -64,10 +91,14 @@ def add(
     file: str,
     *,
     kind: Literal["onnx", "plan"],
-    precision: str,
+    precision: Precision,
+    target: Target = "any",
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
     checkpoint_digest: str = "",
+    source_digest: str = "",
+    quantisation: Quantisation | None = None,
+    engine: EngineRecord | None = None,
 ) -> Entry:
     """Enter `directory/file` as it is now, in place of an earlier entry of that name; return the entry.
 
@@ -80,9 +111,13 @@ def add(
         **_describe(directory, file).model_dump(),
         kind=kind,
         precision=precision,
+        target=target,
         inputs=tuple(inputs),
         outputs=tuple(outputs),
         checkpoint_sha256=checkpoint_digest,
+        source_sha256=source_digest,
+        quantisation=quantisation,
+        engine=engine,
         weights=_describe(directory, external) if (directory / external).is_file() else None,
         tool_versions=tool_versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -99,7 +134,11 @@ def read(directory: Path) -> Manifest:
     Raises:
         InputError: it is missing, damaged, or of another version.
     """
-    path = Path(directory) / FILE_NAME
+    return read_file(Path(directory) / FILE_NAME)
+
+
+def read_file(path: Path) -> Manifest:
+    """Read a manifest by its own path; otherwise as `read`."""
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -120,22 +159,46 @@ def verify(directory: Path) -> Manifest:
     """
     manifest = read(directory)
     for entry in manifest.entries:
-        for recorded in (entry, entry.weights):
-            if recorded is None:
-                continue
-            path = Path(directory) / recorded.file
-            found = _describe(Path(directory), recorded.file)
-            if found.size_bytes != recorded.size_bytes:
-                raise InputError(
-                    f"{path} has {found.size_bytes} bytes, but the manifest records {recorded.size_bytes}: "
-                    "it was cut off or replaced; export it again."
-                )
-            if found.sha256 != recorded.sha256:
-                raise InputError(
-                    f"{path} is not the file that the manifest records: its SHA-256 is {found.sha256[:12]}…, "
-                    f"not {recorded.sha256[:12]}…; export it again."
-                )
+        _verify(Path(directory), entry)
     return manifest
+
+
+def verify_file(path: Path) -> Entry:
+    """The entry of a file in the manifest beside it, once the file is found to be what the entry records.
+
+    Raises:
+        InputError: the manifest cannot be read or has no entry for the file, or the file is missing or changed.
+    """
+    path = Path(path)
+    entry = read(path.parent).entry(path.name)
+    if entry is None:
+        raise InputError(f"{path} does not stand in {path.parent / FILE_NAME}: export it again.")
+    _verify(path.parent, entry)
+    return entry
+
+
+def require_unchanged(path: Path, entry: File, found: File) -> None:
+    """Hold what lies at `path` against what the manifest records.
+
+    Raises:
+        InputError: size or SHA-256 differ.
+    """
+    if found.size_bytes != entry.size_bytes:
+        raise InputError(
+            f"{path} has {found.size_bytes} bytes, but the manifest records {entry.size_bytes}: "
+            "it was cut off or replaced; export it again."
+        )
+    if found.sha256 != entry.sha256:
+        raise InputError(
+            f"{path} is not the file that the manifest records: its SHA-256 is {found.sha256[:12]}…, "
+            f"not {entry.sha256[:12]}…; export it again."
+        )
+
+
+def _verify(directory: Path, entry: Entry) -> None:
+    for recorded in (entry, entry.weights):
+        if recorded is not None:
+            require_unchanged(directory / recorded.file, recorded, _describe(directory, recorded.file))
 
 
 def _describe(directory: Path, file: str) -> File:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-import deploy.export
+import deploy.onnx_file
 from compress.errors import InputError, WorkError
-from deploy.export import export_onnx, read_metadata, read_onnx
+from deploy.export import export_onnx
+from deploy.onnx_file import read_metadata, read_onnx
 
 SHAPE = (3, 8, 8)
 
@@ -180,7 +181,7 @@ def test_large_weights_lie_beside_the_file_and_go_with_it(tmp_path: Path, monkey
     data = tmp_path / "tiny.onnx.data"
     model = tiny().eval()
     # onnx-ir keeps tensors below 256 bytes inside the file in any case; the convolution is larger.
-    monkeypatch.setattr(deploy.export, "MAX_INLINE_BYTES", 100)
+    monkeypatch.setattr(deploy.onnx_file, "MAX_INLINE_BYTES", 100)
     export_onnx(model, path, image_shape=SHAPE)
     assert data.stat().st_size >= 3 * 8 * 9 * 4
     images = torch.randn(3, *SHAPE)
