@@ -61,6 +61,7 @@ class Architecture(BaseModel):
         image_shape: (C, H, W) of one input image.
         classes: names in the order of the outputs; empty when unknown.
         mean, std: per channel, of the normalisation that the input has had; empty for none.
+        resize: shorter side in pixels of an image before its centre is cut out; None where the whole image is resized.
         kept: what pruning left; empty for a dense model.
         provenance: recipe, seeds, versions, accuracy: free, never read back.
         weights_sha256: of `model.safetensors`.
@@ -76,6 +77,7 @@ class Architecture(BaseModel):
     classes: tuple[str, ...] = ()
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    resize: int | None = None
     kept: tuple[Kept, ...] = ()
     provenance: dict[str, Any] = {}
     weights_sha256: str
@@ -121,6 +123,7 @@ def save(
     classes: Sequence[str] = (),
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
+    resize: int | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `model`, dense or pruned by `compress.Pruner`, as a checkpoint.
@@ -130,7 +133,7 @@ def save(
         factory: builds the dense model again: "espalier:resnet20", "torchvision:resnet50", "package.module:function".
         kwargs: the factory's arguments, JSON values. `weights` is left out, for the checkpoint holds the weights.
         image_shape: (C, H, W) of one input image.
-        classes, mean, std, provenance: see `Architecture`.
+        classes, mean, std, resize, provenance: see `Architecture`.
 
     Raises:
         InputError: the directory cannot be written, or `kwargs` holds what JSON cannot.
@@ -158,6 +161,7 @@ def save(
         classes=tuple(classes),
         mean=tuple(map(float, mean)),
         std=tuple(map(float, std)),
+        resize=resize,
         kept=tuple(Kept(of=size, indices=indices, slices=tuple(slices)) for (size, indices), slices in by_fate.items()),
         provenance={"espalier": _own_version(), "torch": torch.__version__, **dict(provenance or {})},
         weights_sha256=digest,

@@ -32,6 +32,7 @@ def export_checkpoint(directory: Path, path: Path, *, trust: Collection[str] = (
         classes=architecture.classes,
         mean=architecture.mean,
         std=architecture.std,
+        resize=architecture.resize,
         checkpoint_digest=architecture.sha256,
     )
     inputs, outputs = onnx_specs(read_onnx(path), path)

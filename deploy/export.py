@@ -33,6 +33,7 @@ def export_onnx(
     classes: Sequence[str] = (),
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
+    resize: int | None = None,
     checkpoint_digest: str = "",
 ) -> Path:
     """Export `model` in eval mode: input "images" float32 (batch, C, H, W), output "logits" (batch, classes).
@@ -45,6 +46,7 @@ def export_onnx(
         image_shape: (C, H, W); fixed in the file, while the batch is dynamic.
         metadata: further entries of the file's metadata.
         mean, std: the normalisation of the images, per channel.
+        resize: shorter side of an image before its centre is cut out, see `Metadata`.
         checkpoint_digest: SHA-256 of the checkpoint that the model came from.
 
     Returns:
@@ -63,6 +65,7 @@ def export_onnx(
         classes=tuple(classes),
         mean=tuple(mean),
         std=tuple(std),
+        resize=resize,
         checkpoint_sha256=checkpoint_digest,
         other=dict(metadata or {}),
     )

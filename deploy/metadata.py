@@ -43,6 +43,9 @@ class Metadata(_Strict):
     mean: tuple[float, ...]
     """Per channel, of images scaled to [0, 1]; empty if not known."""
     std: tuple[float, ...]
+    resize: int | None = None
+    """Shorter side in pixels to which an image is brought before its centre is cut out; None: the whole image is
+    brought to `image_shape`."""
     checkpoint_sha256: str
     """Digest of the checkpoint that was exported; empty if it was none."""
     precision: Precision = "fp32"

@@ -240,6 +240,7 @@ def _save(run: Run, directory: Path, model: nn.Module, provenance: Mapping[str, 
         classes=data.classes,
         mean=data.mean,
         std=data.std,
+        resize=data.resize,
         provenance={"recipe": recipe.name, "seed": recipe.seed, "data": recipe.data.source, **provenance},
     )
 

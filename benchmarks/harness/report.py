@@ -93,8 +93,19 @@ def headline(results: Results, comparisons: list[Comparison]) -> str:
     before, after = pruned.baseline.accuracy, pruned.variant.accuracy
     if before and after:
         facts.append(f"accuracy {before.top1_percent.value:.1f} → {after.top1_percent.value:.1f} %")
+    for other in comparisons:
+        if other.variant.kind == "pruned" and other.variant.artefact.precision != pruned.variant.artefact.precision:
+            facts.append(_in_other_precision(other))
     # A line may break between the facts, not inside an interval or between a figure and its unit.
     return ", ".join(re.sub(r" (?=[\d%→])", "\N{NO-BREAK SPACE}", fact) for fact in facts) + "."
+
+
+def _in_other_precision(comparison: Comparison) -> str:
+    """What the pruned network gained over the same baseline in another precision, at the smallest batch."""
+    _, speedup = min(comparison.measurements, key=lambda pair: pair[0].batch_size)
+    accuracy = comparison.variant.accuracy
+    at = f" at {accuracy.top1_percent.value:.1f} %" if accuracy else ""
+    return f"in {comparison.variant.artefact.precision} {_latency_change(speedup)}{at}"
 
 
 def _change(ratio: float, fewer: str, more: str) -> str:
@@ -166,9 +177,9 @@ def _distinct_names(results: Results) -> list[VariantResult]:
 
 
 def _trade_offs(results: Results) -> list[dict[str, Any]]:
-    """One accuracy-against-latency figure per runtime, device, precision and batch size: no others compare."""
+    """One accuracy-against-latency figure per runtime, device and batch size: no others compare."""
     order = {variant.name: index for index, variant in enumerate(_distinct_names(results))}
-    panels: dict[tuple[str, str, str, int], list[plots.Point]] = {}
+    panels: dict[tuple[str, str, int], list[plots.Point]] = {}
     for variant in results.variants:
         if variant.accuracy is None:
             continue
@@ -178,24 +189,19 @@ def _trade_offs(results: Results) -> list[dict[str, Any]]:
                 measurement.latency.median_ms,
                 variant.accuracy.top1_percent,
             )
-            key = (
-                variant.runtime.name,
-                variant.runtime.device,
-                variant.artefact.precision,
-                measurement.batch_size,
-            )
+            key = (variant.runtime.name, variant.runtime.device, measurement.batch_size)
             panels.setdefault(key, []).append(point)
     return [
         _figure(
             f"Batch {batch}",
-            f"{runtime}, {device}, {precision}",
+            f"{runtime}, {device}",
             plots.svg(
                 plots.accuracy_against_latency(points),
                 name=f"trade-off-{index}",
                 description=f"Top-1 accuracy against median latency at batch {batch}",
             ),
         )
-        for index, ((runtime, device, precision, batch), points) in enumerate(panels.items())
+        for index, ((runtime, device, batch), points) in enumerate(panels.items())
     ]
 
 

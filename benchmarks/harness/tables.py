@@ -12,22 +12,21 @@ VERDICT_STYLE = {"faster": "green", "slower": "red", "unclear": "yellow"}
 
 
 def summary(results: Results) -> RenderableType:
-    """One table per runtime, device and precision, one row per variant and batch size; readable at 100 columns.
+    """One table per runtime and device, one row per variant and batch size; readable at 100 columns.
 
-    Figures of different runtimes, devices or precisions never share a table: they do not compare.
+    Figures of different runtimes or devices never share a table: they do not compare.
     """
-    groups: dict[tuple[str, str, str, str], list[VariantResult]] = {}
+    groups: dict[tuple[str, str, str], list[VariantResult]] = {}
     for variant in results.variants:
         runtime = variant.runtime
-        key = (runtime.name, runtime.version, runtime.device, variant.artefact.precision)
-        groups.setdefault(key, []).append(variant)
+        groups.setdefault((runtime.name, runtime.version, runtime.device), []).append(variant)
     return Group(*(_table(key, variants) for key, variants in groups.items()))
 
 
-def _table(key: tuple[str, str, str, str], variants: list[VariantResult]) -> Table:
-    name, version, device, precision = key
+def _table(key: tuple[str, str, str], variants: list[VariantResult]) -> Table:
+    precisions = list(dict.fromkeys(variant.artefact.precision for variant in variants))
     table = Table(
-        title=f"{name} {version} · {device} · {precision}",
+        title=" · ".join((f"{key[0]} {key[1]}", key[2], ", ".join(precisions))),
         title_justify="left",
         title_style="bold",
         caption=_caption(variants),
@@ -43,14 +42,16 @@ def _table(key: tuple[str, str, str, str], variants: list[VariantResult]) -> Tab
         table.add_column(header, justify="right")
     for variant in variants:
         for position, measurement in enumerate(variant.measurements or [None]):
-            network = _network_cells(variant) if position == 0 else [""] * 4
+            network = _network_cells(variant, len(precisions) > 1) if position == 0 else [""] * 4
             table.add_row(*network, *_measured_cells(measurement))
     return table
 
 
-def _network_cells(variant: VariantResult) -> list[str]:
+def _network_cells(variant: VariantResult, several_precisions: bool) -> list[str]:
+    precision = variant.artefact.precision
+    name = f"{variant.name} {precision}" if several_precisions and precision not in variant.name else variant.name
     accuracy = numerals.percent(variant.accuracy.top1_percent.value) if variant.accuracy else "n/a"
-    return [variant.name, numerals.compact(variant.parameters), numerals.compact(variant.macs), accuracy]
+    return [name, numerals.compact(variant.parameters), numerals.compact(variant.macs), accuracy]
 
 
 def _measured_cells(measurement: BatchMeasurement | None) -> list[str | Text]:

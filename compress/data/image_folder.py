@@ -51,7 +51,7 @@ def open_folder(path: Path, *, image_size: int, augment: bool) -> tuple[datasets
         if not (path / name).is_dir():
             raise InputError(f"{path / name} is not a directory: imagefolder needs train/ and val/ in {path}.")
     evaluation = v2.Compose(
-        [v2.Resize(round(image_size * 256 / 224), antialias=True), v2.CenterCrop(image_size), *_to_tensor()]
+        [v2.Resize(resized_side(image_size), antialias=True), v2.CenterCrop(image_size), *_to_tensor()]
     )
     augmented = v2.Compose([v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip(), *_to_tensor()])
     train = _open_split(path / "train", augmented if augment else evaluation)
@@ -67,6 +67,11 @@ def open_folder(path: Path, *, image_size: int, augment: bool) -> tuple[datasets
         raise InputError(f"train/ and val/ in {path} have other classes ({'; '.join(parts)}): make them equal.")
     _check_headers([Path(file) for file, _ in train.samples + test.samples])
     return train, test
+
+
+def resized_side(image_size: int) -> int:
+    """Shorter side in pixels before the centre is cut out, as torchvision's ImageNet evaluation has it."""
+    return round(image_size * 256 / 224)
 
 
 def _to_tensor() -> list[Any]:

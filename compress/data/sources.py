@@ -41,7 +41,9 @@ class Data:
     """A data set ready to train on.
 
     The loaders give images float32 (N, C, H, W), normalised with `mean` and `std` per channel, and labels
-    int64 (N,). `mean` and `std` are empty where a user's loaders do not tell theirs.
+    int64 (N,). `mean` and `std` are empty where a user's loaders do not tell theirs. `resize` is the side in pixels that
+    the shorter side of a test image is brought to before the centre is cut out; None where the whole image is brought to
+    `image_shape`.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Data:
     image_shape: tuple[int, int, int]  # C, H, W
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    resize: int | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,7 @@ def _imagefolder(argument: str, options: Options) -> Data:
         image_shape=(3, side, side),
         mean=image_folder.MEAN,
         std=image_folder.STD,
+        resize=image_folder.resized_side(side),
     )
 
 

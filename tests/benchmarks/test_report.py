@@ -90,6 +90,25 @@ def test_the_headline_states_the_measured_facts(results):
     assert sentence == "2.01× fewer MACs, 1.56× lower latency [1.55, 1.58] at batch 1, accuracy 99.2 → 98.9 %."
 
 
+def test_the_headline_tells_what_another_precision_gains_over_the_same_baseline(results):
+    dense, pruned = results.variants
+    measurement = pruned.measurements[0]
+    speedup = measurement.speedup.model_copy(update={"value": 3.0, "low": 2.9, "high": 3.1})
+    quantised = pruned.model_copy(
+        update={
+            "name": "pruned int8",
+            "artefact": pruned.artefact.model_copy(update={"precision": "int8"}),
+            "measurements": [measurement.model_copy(update={"speedup": speedup})],
+        }
+    )
+    document = results.model_copy(update={"variants": [dense, pruned, quantised]})
+    sentence = headline(document, compared(document)).replace("\N{NO-BREAK SPACE}", " ")
+    assert sentence == (
+        "2.01× fewer MACs, 1.56× lower latency [1.55, 1.58] at batch 1, accuracy 99.2 → 98.9 %, "
+        "in int8 3.00× lower latency [2.90, 3.10] at 98.9 %."
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

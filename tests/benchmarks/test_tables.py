@@ -26,11 +26,20 @@ def test_one_row_per_variant_and_batch_within_100_columns(results):
     assert "10 interleaved rounds" in text
 
 
-def test_another_precision_gets_a_table_of_its_own(results):
+def test_precisions_of_one_runtime_share_a_table_and_are_told_apart(results):
     dense, pruned = results.variants
     half = pruned.model_copy(update={"artefact": pruned.artefact.model_copy(update={"precision": "fp16"})})
     text = printed(results.model_copy(update={"variants": [dense, half]}))
-    assert text.count("ONNX Runtime 1.31.1 · CPU · fp") == 2
+    assert text.count("ONNX Runtime 1.31.1 · CPU · fp32, fp16") == 1
+    assert "dense fp32" in text
+    assert "pruned fp16" in text
+
+
+def test_another_device_gets_a_table_of_its_own(results):
+    dense, pruned = results.variants
+    elsewhere = pruned.model_copy(update={"runtime": pruned.runtime.model_copy(update={"device": "cuda:0"})})
+    text = printed(results.model_copy(update={"variants": [dense, elsewhere]}))
+    assert text.count("ONNX Runtime 1.31.1 · ") == 2
 
 
 def test_an_unclear_speedup_is_marked(results):
