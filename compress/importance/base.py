@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from compress.errors import InputError, WorkError
 from compress.graph import ChannelGraph
+from compress.options_text import read_options
 
 _REGISTRY: dict[str, type["Importance"]] = {}
 
@@ -73,26 +74,12 @@ def criterion(text: str) -> tuple[type["Importance"], dict[str, Any]]:
     Raises:
         InputError: there is no criterion or no option of that name, or a value does not fit.
     """
-    name, *rest = text.split(":")
+    name, *parts = text.split(":")
     if name not in _REGISTRY:
         near = difflib.get_close_matches(name, _REGISTRY, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(criteria())}."
         raise InputError(f"importance is {name!r}, which is no criterion: {hint}")
-    known = _options(_REGISTRY[name])
-    options = {}
-    for part in rest:
-        key, equals, value = part.partition("=")
-        if key not in known:
-            raise InputError(f"{name} has no option {key!r}: it has {', '.join(known)}.")
-        default = known[key]
-        example = f"{name}:{key}={str(default).lower() if isinstance(default, bool) else default}"
-        if not equals:
-            raise InputError(f"The option {key} of {name} has no value: write {example}.")
-        try:
-            options[key] = _converted(value, default)
-        except ValueError:
-            raise InputError(f"{part!r} is no value for the option {key} of {name}: write {example}.") from None
-    return _REGISTRY[name], options
+    return _REGISTRY[name], read_options(name, parts, _options(_REGISTRY[name]))
 
 
 def build(text: str, model: nn.Module, graph: ChannelGraph, **options: Any) -> "Importance":
@@ -117,14 +104,6 @@ def _options(kind: type["Importance"]) -> dict[str, Any]:
         for name, parameter in inspect.signature(cls).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY
     }
-
-
-def _converted(value: str, default: Any) -> Any:
-    if isinstance(default, bool):
-        if value not in ("true", "false"):
-            raise ValueError(value)
-        return value == "true"
-    return type(default)(value)
 
 
 class Importance(ABC):

@@ -7,6 +7,9 @@ Target = Literal["any", "cpu", "gpu"]
 """What a file was made for: the quantised ones differ by target, as the kernels want other types of activations."""
 
 PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "fp16", "bf16", "int8", "fp8")
+HALF: Final[frozenset[Precision]] = frozenset({"fp16", "bf16"})
+QUANTISED: Final[frozenset[Precision]] = frozenset({"int8", "fp8"})
+
 TARGETS: Final[dict[Precision, tuple[Target, ...]]] = {
     "fp32": ("any",),
     "fp16": ("any",),

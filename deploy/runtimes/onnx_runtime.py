@@ -1,23 +1,28 @@
 """ONNX Runtime: an ONNX file on the CPU or on a CUDA GPU, with proof of which provider executed it."""
 
-import json
-from collections import Counter
+import logging
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
-from compress.errors import InputError, MissingExtraError, WorkError, first_line
+from compress.errors import InputError, WorkError
+from deploy.metadata import decode
+from deploy.onnx_file import read_onnx
+from deploy.runtimes import bfloat16, ort_providers
 from deploy.runtimes.base import Runtime, Step, TensorSpec
+from deploy.runtimes.ort_errors import failures, not_opened, reason
+from deploy.runtimes.ort_pairing import require_pairing
+from deploy.runtimes.ort_placement import Placement, read_profile
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-EXTRAS = {"cpu": "cpu", "cuda": "gpu"}
+logger = logging.getLogger(__name__)
+
 DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
     "tensor(double)": "float64",
     "tensor(int8)": "int8",
     "tensor(uint8)": "uint8",
@@ -30,77 +35,134 @@ DTYPES = {
 class OnnxRuntime(Runtime):
     """An inference session with a fixed number of threads, sequential execution and all graph optimisations.
 
-    Only the asked provider is used, and ONNX Runtime's fallback to the CPU is switched off: a node that the
-    provider lacks is an error. `threads` None means as many as PyTorch uses, so that like compares with like.
+    Only the asked provider is used: on a GPU, ONNX Runtime's fallback to the CPU is switched off, and one profiled
+    run with zeros proves, before anything else, that no node ran elsewhere. The copies that ONNX Runtime itself puts
+    between host and device are no such nodes; `description` counts them.
+
+    The TensorRT provider builds engines for the batch sizes that it has seen, at first sight of each, and keeps them
+    in a folder of the user's cache.
     """
 
-    def __init__(self, path: Path, *, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        provider: str | None = None,
+        cuda_graph: bool = False,
+        allow_fallback: bool = False,
+        for_verification: bool = False,
+    ) -> None:
+        """
+        Args:
+            threads: of one inference on the CPU; None means as many as PyTorch uses, so that like compares with like.
+            provider: cpu, cuda or tensorrt; None means the one of the device's name.
+            cuda_graph: bound steps replay a CUDA graph; `run` computes without one.
+            allow_fallback: nodes that the provider lacks may run on CUDA or on the CPU; they are logged.
+            for_verification: a file made for GPUs may run on the CPU for its numbers, rounded where the file says so
+                and computed in fp32; it cannot be bound for timing.
+
+        Raises:
+            InputError: the file is unreadable or made for other hardware, or the provider cannot be used.
+            WorkError: a node ran on another provider, or the first run failed.
+        """
         self._device = torch.device(device)
-        if self._device.type not in PROVIDERS:
-            raise InputError(f"ONNX Runtime is not used on device {device}; choose one of {', '.join(PROVIDERS)}.")
-        self._ort = _onnxruntime(self._device.type)
-        self._provider = PROVIDERS[self._device.type]
-        available = self._ort.get_available_providers()
-        if self._provider not in available:
+        self._provider = ort_providers.choose(provider, self._device)
+        if self._provider.label == "cpu" and (cuda_graph or allow_fallback):
+            option = "cuda_graph" if cuda_graph else "allow_fallback"
             raise InputError(
-                f"Device {device} needs {self._provider}, but the installed onnxruntime has only "
-                f"{', '.join(available)}; install the one that has it with "
-                f"pip uninstall onnxruntime && pip install 'espalier[{EXTRAS[self._device.type]}]'."
+                f"onnxruntime:{option}=true is for providers of GPUs, but the provider is cpu; leave it out."
             )
+        if cuda_graph and allow_fallback:
+            raise InputError(
+                "onnxruntime: cuda_graph=true and allow_fallback=true exclude each other, because a CUDA graph holds "
+                "the kernels of one provider alone; choose one of them."
+            )
+        self._ort = ort_providers.library(self._provider, self._device)
         self._path = path
         self._threads = threads if threads is not None else torch.get_num_threads()
+        self._cuda_graph = cuda_graph
+        self._allow_fallback = allow_fallback
+        self._about = decode(read_onnx(path).metadata_props, str(path))
+        self._numbers_only = require_pairing(path.name, self._about, self._provider, for_verification=for_verification)
+        self._cache = ort_providers.engine_cache(path) if self._provider.label == "tensorrt" else None
+        self._placement = None if self._provider.label == "cpu" else self._prove_placement()
         self._session = self._open(self._options())
-        if self._session.get_providers()[0] != self._provider:
-            raise InputError(
-                f"{path.name} was to run on {device}, but {self._provider} did not start "
-                f"(ONNX Runtime offered {', '.join(self._session.get_providers())}); "
-                "check the driver and the CUDA libraries with espalier doctor."
-            )
-        self.inputs = tuple(self._spec(value) for value in self._session.get_inputs())
-        self.outputs = tuple(self._spec(value) for value in self._session.get_outputs())
-        self._placement: dict[str, int] | None = None
+        self._graphs: Any = None  # a session whose steps are CUDA graphs
+        self._steps = 0
+        self.inputs, self.outputs = self._specs(self._session)
 
     def close(self) -> None:
-        self._session = None
+        self._session = self._graphs = None
         super().close()
 
     def description(self) -> dict[str, Any]:
         """As for every runtime; `kernels_by_provider` counts the kernels of one profiled run at batch 1."""
         if self._placement is None:
             self._placement = self._measure_placement()
-        return {
+        found = {
             "runtime": "onnxruntime",
             "version": self._ort.__version__,
             "device": str(self._device),
-            "provider": self._provider,
-            "kernels_by_provider": self._placement,
+            "provider": self._provider.name,
+            "kernels_by_provider": self._placement.by_provider(),
+            "memory_copies": self._placement.memory_copies,
             "threads": self._threads,
             "execution": "sequential",
             "graph_optimization": "all",
+            "numbers_only": self._numbers_only,
         }
+        if self._provider.label != "cpu":
+            found |= {
+                "cuda_graph": self._cuda_graph,
+                "allow_fallback": self._allow_fallback,
+                "provider_options": self._session.get_provider_options()[self._provider.name],
+            }
+        return found
 
     def _run(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         names = [spec.name for spec in self.outputs]
         try:
+            if any(spec.dtype == "bfloat16" for spec in (*self.inputs, *self.outputs)):
+                given = {name: bfloat16.to_ort(self._ort, array, ("cpu", 0)) for name, array in batch.items()}
+                values = self._session.run_with_ort_values(names, given)
+                return {name: bfloat16.from_ort(self._ort, value) for name, value in zip(names, values, strict=True)}
             return dict(zip(names, self._session.run(names, batch), strict=True))
-        except _errors() as error:
-            raise WorkError(f"ONNX Runtime failed on {self._path.name}: {_reason(error)}") from error
+        except failures() as error:
+            raise WorkError(f"ONNX Runtime failed on {self._path.name}: {reason(error)}.") from error
 
     def _bind(self, batch: dict[str, np.ndarray]) -> "_BoundStep":
+        if self._numbers_only:
+            raise InputError(
+                f"{self._path.name} was made for GPUs and opened on the CPU to verify its numbers, so it cannot be "
+                "timed; open it on a GPU."
+            )
         # The sizes of the outputs are known only after one run: the file may give them as names.
         results = self._run(batch)
         place = (self._device.type, self._device.index or 0)
-        binding = self._session.io_binding()
-        given = {name: self._ort.OrtValue.ortvalue_from_numpy(array, *place) for name, array in batch.items()}
+        inputs = {name: bfloat16.to_ort(self._ort, array, place) for name, array in batch.items()}
         outputs = {
-            name: self._ort.OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype, *place)
-            for name, array in results.items()
+            name: bfloat16.empty_in_ort(self._ort, array.shape, array.dtype, place) for name, array in results.items()
         }
-        for name, value in given.items():
-            binding.bind_ortvalue_input(name, value)
-        for name, value in outputs.items():
-            binding.bind_ortvalue_output(name, value)
-        return _BoundStep(self._session, binding, batch, outputs)
+        if not self._cuda_graph:
+            return _BoundStep(self._ort, self._path.name, self._session, None, batch, inputs, outputs)
+        step = _BoundStep(self._ort, self._path.name, *self._next_graph(), batch, inputs, outputs)
+        step()  # ONNX Runtime runs once in the usual way, then captures; later calls replay
+        return step
+
+    def _next_graph(self) -> tuple[Any, Any]:
+        """The session and the run options for one more CUDA graph."""
+        # The TensorRT provider takes no graph ids (1.31), so that one session holds one graph. Sessions of the CUDA
+        # provider hold many, and searching the fastest convolutions anew for each step would take long.
+        if self._graphs is None or self._provider.label == "tensorrt":
+            self._graphs = self._open(self._options(), cuda_graph=True)
+        if self._provider.label == "tensorrt":
+            return self._graphs, None
+        self._steps += 1
+        options = self._ort.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(self._steps))
+        return self._graphs, options
 
     def _options(self) -> Any:
         options = self._ort.SessionOptions()
@@ -112,27 +174,41 @@ class OnnxRuntime(Runtime):
         # Workers of an idle session would otherwise spin on and slow down the variant that is timed next: two
         # ResNet-18 taking turns on two cores ran 1.5 times slower than each alone.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        if self._device.type != "cpu":
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        if self._numbers_only:
+            # Quantise and dequantise as the file says, then compute in fp32: the CPU's int8 kernels can saturate where
+            # a GPU does not, and moving these nodes about asks for fp8 kernels that there are not.
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         return options
 
-    def _open(self, options: Any) -> Any:
-        provider = (
-            self._provider
-            if self._device.type == "cpu"
-            else (self._provider, {"device_id": str(self._device.index or 0)})
-        )
+    def _open(self, options: Any, *, cuda_graph: bool = False, probe: bool = False) -> Any:
+        """A session; only as a `probe` may it use the CPU where the provider lacks a node or does not start."""
+        if self._provider.label != "cpu" and not self._allow_fallback and not probe:
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        own = ort_providers.provider_options(self._provider, self._device, self._cache, cuda_graph=cuda_graph)
+        providers: list[Any] = [(self._provider.name, own) if own else self._provider.name]
+        if self._allow_fallback:
+            if self._provider.label == "tensorrt":
+                cuda = ort_providers.PROVIDERS["cuda"]
+                cuda_options = ort_providers.provider_options(cuda, self._device, None, cuda_graph=False)
+                providers.append((cuda.name, cuda_options))
+            providers.append(ort_providers.PROVIDERS["cpu"].name)
         try:
-            return self._ort.InferenceSession(str(self._path), options, providers=[provider])
-        except _errors() as error:
-            if type(error).__name__ in {"InvalidProtobuf", "InvalidGraph", "InvalidArgument"}:
-                raise InputError(
-                    f"{self._path} is not a readable ONNX file: {_reason(error)}; export it again."
-                ) from error
+            # Its Python layer would print an error and try again without the provider.
+            session = self._ort.InferenceSession(str(self._path), options, providers=providers, enable_fallback=0)
+        except failures() as error:
+            precision = None if self._about is None else self._about.precision
+            raise not_opened(error, self._path, provider=self._provider.name, precision=precision) from error
+        if session.get_providers()[0] != self._provider.name:
             raise InputError(
-                f"ONNX Runtime cannot run {self._path} on {self._device}: {_reason(error)}; "
-                "export it again, or choose another device."
-            ) from error
+                f"{self._path.name} was to run on {self._device}, but {self._provider.name} did not start "
+                f"(ONNX Runtime offered {', '.join(session.get_providers())}); "
+                "check the driver and the CUDA libraries with espalier doctor."
+            )
+        return session
+
+    def _specs(self, session: Any) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+        inputs = tuple(self._spec(value) for value in session.get_inputs())
+        return inputs, tuple(self._spec(value) for value in session.get_outputs())
 
     def _spec(self, value: Any) -> TensorSpec:
         if value.type not in DTYPES:
@@ -142,22 +218,30 @@ class OnnxRuntime(Runtime):
             )
         return TensorSpec(value.name, DTYPES[value.type], tuple(value.shape))
 
-    def _measure_placement(self) -> dict[str, int]:
-        """Provider -> number of kernels that it executed in one run of a session of its own."""
+    def _prove_placement(self) -> Placement:
+        placement = self._measure_placement()
+        if not self._allow_fallback:
+            placement.require_only(self._provider.name, self._path.name)
+        elif placement.elsewhere(self._provider.name):
+            logger.warning(
+                "%s: not on %s: %s", self._path.name, self._provider.name, placement.elsewhere(self._provider.name)
+            )
+        return placement
+
+    def _measure_placement(self) -> Placement:
+        """What each provider executed in one run of a session of its own, in which nothing is forbidden."""
         with TemporaryDirectory(prefix="espalier-profile-") as folder:
             options = self._options()
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "run")
-            session = self._open(options)
-            session.run(None, {spec.name: self._zeros(spec) for spec in self.inputs})
-            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-        return dict(
-            Counter(
-                event["args"]["provider"]
-                for event in events
-                if event.get("cat") == "Node" and "provider" in event["args"]
-            )
-        )
+            session = self._open(options, probe=True)
+            inputs, _ = self._specs(session)
+            zeros = {spec.name: bfloat16.to_ort(self._ort, self._zeros(spec), ("cpu", 0)) for spec in inputs}
+            try:
+                session.run_with_ort_values(None, zeros)
+            except failures() as error:
+                raise WorkError(f"ONNX Runtime failed on {self._path.name}: {reason(error)}.") from error
+            return read_profile(Path(session.end_profiling()))
 
     def _zeros(self, spec: TensorSpec) -> np.ndarray:
         if not all(isinstance(size, int) for size in spec.shape[1:]):
@@ -169,34 +253,38 @@ class OnnxRuntime(Runtime):
 
 
 class _BoundStep(Step):
-    def __init__(self, session: Any, binding: Any, batch: dict[str, np.ndarray], outputs: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        ort: Any,
+        file: str,
+        session: Any,
+        run_options: Any,
+        batch: dict[str, np.ndarray],
+        inputs: dict[str, Any],
+        outputs: dict[str, Any],
+    ) -> None:
+        self._ort = ort
+        self._file = file
         self._session = session
-        self._binding = binding
-        self._batch = batch  # on the CPU the binding points into these arrays: keep them alive
+        self._run_options = run_options
+        # On the CPU the binding points into the arrays; a CUDA graph knows the addresses of the values: keep all.
+        self._given = (batch, inputs)
         self._outputs = outputs
+        self._binding = session.io_binding()
+        for name, value in inputs.items():
+            self._binding.bind_ortvalue_input(name, value)
+        for name, value in outputs.items():
+            self._binding.bind_ortvalue_output(name, value)
+        self._on_gpu = any(value.device_name().lower() != "cpu" for value in outputs.values())
+        self._failures = failures()
 
     def __call__(self) -> None:
-        self._session.run_with_iobinding(self._binding)
+        try:
+            self._session.run_with_iobinding(self._binding, self._run_options)
+            if self._on_gpu:
+                self._binding.synchronize_outputs()
+        except self._failures as error:
+            raise WorkError(f"ONNX Runtime failed on {self._file}: {reason(error)}.") from error
 
     def outputs(self) -> dict[str, np.ndarray]:
-        return {name: value.numpy() for name, value in self._outputs.items()}
-
-
-def _onnxruntime(device_type: str) -> ModuleType:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingExtraError("onnxruntime", EXTRAS[device_type], "Running an ONNX file") from error
-    return onnxruntime
-
-
-def _errors() -> tuple[type[Exception], ...]:
-    """ONNX Runtime's exceptions; they share no base class but Exception."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    return tuple(item for item in vars(state).values() if isinstance(item, type) and issubclass(item, Exception))
-
-
-def _reason(error: Exception) -> str:
-    # "[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : Load model from x.onnx failed:Protobuf parsing failed."
-    return first_line(error).rsplit(" : ", 1)[-1]
+        return {name: bfloat16.from_ort(self._ort, value) for name, value in self._outputs.items()}
