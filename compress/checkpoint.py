@@ -109,7 +109,9 @@ class Architecture(BaseModel):
 
     def own_digest(self) -> str:
         """SHA-256 of the canonical JSON of everything but `sha256`."""
-        content = self.model_dump(mode="json", exclude={"sha256"})
+        # Checkpoints from before `resize` have digests without it.
+        left_out = {"sha256"} if self.resize is not None else {"sha256", "resize"}
+        content = self.model_dump(mode="json", exclude=left_out)
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -16,17 +16,21 @@ if TYPE_CHECKING:
     from deploy.parity import check_parity as check_parity
     from deploy.pipeline import prune as prune
     from deploy.pipeline import run as run
+    from deploy.predictor import Predictor as Predictor
+    from deploy.predictor import load as load
     from deploy.recipe import Recipe as Recipe
     from deploy.recipe_text import read_recipe as read_recipe
     from deploy.runtimes import open_runtime as open_runtime
 
 _HOMES = {
+    "Predictor": "deploy.predictor",
     "Recipe": "deploy.recipe",
     "check_parity": "deploy.parity",
     "correlate": "deploy.correlating",
     "export_checkpoint": "deploy.artefacts",
     "export_onnx": "deploy.export",
     "inspect": "deploy.inspection",
+    "load": "deploy.predictor",
     "open_runtime": "deploy.runtimes",
     "prune": "deploy.pipeline",
     "read_recipe": "deploy.recipe_text",

@@ -51,6 +51,11 @@ class RunDirectory:
         return self.root / "artifacts"
 
     @property
+    def triton(self) -> Path:
+        """A Triton model repository."""
+        return self.root / "triton"
+
+    @property
     def pruning(self) -> Path:
         """The pruning events with every score."""
         return self.root / "pruning.json"
