@@ -19,10 +19,10 @@ OLDEST_PYTHON = (3, 11)
 
 @dataclass(frozen=True)
 class Extra:
-    """A library that some work needs; `extra` of Espalier brings it, None if no extra does yet."""
+    """A library that some work needs; `extra` of Espalier brings it."""
 
     library: str
-    extra: str | None
+    extra: str
     purpose: str
 
 
@@ -30,7 +30,9 @@ OPTIONAL = (
     Extra("onnxruntime", "cpu", "verifying and timing ONNX files on the CPU"),
     Extra("onnxruntime-gpu", "gpu", "running ONNX files on an NVIDIA GPU, in place of onnxruntime"),
     Extra("timm", "timm", "models timm:NAME"),
-    Extra("tensorrt", None, "TensorRT engines"),
+    Extra("nvidia-modelopt", "quant", "writing fp16 and bf16 files"),
+    Extra("tensorrt", "tensorrt", "TensorRT engines"),
+    Extra("tritonclient", "triton", "Triton model repositories"),
 )
 
 
@@ -46,7 +48,7 @@ def examine() -> dict[str, Any]:
             {
                 "library": item.library,
                 "purpose": item.purpose,
-                "install": None if item.extra is None else f"pip install 'espalier[{item.extra}]'",
+                "install": f"pip install 'espalier[{item.extra}]'",
             }
             for item in OPTIONAL
             if versions[item.library] is None
@@ -68,7 +70,7 @@ def tables(found: dict[str, Any]) -> list[RenderableType]:
     for header in ("library", "needed for", "brought by"):
         missing.add_column(header)
     for item in found["missing"]:
-        missing.add_row(item["library"], item["purpose"], item["install"] or "no extra; not used by this version")
+        missing.add_row(item["library"], item["purpose"], item["install"])
     devices = Table(title="Devices", title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
     for key, value in found["devices"].items():
         devices.add_row(key, str(value) if key != "gpus" else ", ".join(gpu["name"] for gpu in value) or "none")

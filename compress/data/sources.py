@@ -41,9 +41,9 @@ class Data:
     """A data set ready to train on.
 
     The loaders give images float32 (N, C, H, W), normalised with `mean` and `std` per channel, and labels
-    int64 (N,). `mean` and `std` are empty where a user's loaders do not tell theirs. `resize` is the side in pixels that
-    the shorter side of a test image is brought to before the centre is cut out; None where the whole image is brought to
-    `image_shape`.
+    int64 (N,). `mean` and `std` are empty where a user's loaders do not tell theirs. `resize` is the side in pixels
+    that the shorter side of a test image is brought to before the centre is cut out; None where the whole image is
+    brought to `image_shape`.
     """
 
     name: str

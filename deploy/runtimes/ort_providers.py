@@ -99,7 +99,8 @@ def provider_options(
         return {}
     options = {"device_id": str(device.index or 0)}
     if provider.label == "cuda":
-        return options | ({"enable_cuda_graph": "1"} if cuda_graph else {})
+        # fp32 is fp32: the provider's own default rounds the inputs of convolutions to TF32.
+        return options | {"use_tf32": "0"} | ({"enable_cuda_graph": "1"} if cuda_graph else {})
     options |= {
         "trt_engine_cache_enable": "True",
         "trt_engine_cache_path": str(cache),

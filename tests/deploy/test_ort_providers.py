@@ -26,7 +26,7 @@ CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "Tensorrt
 # Names in the libraries of onnxruntime-gpu 1.31.1; any that set a precision are left out, for they must not be set.
 OPTIONS = {
     CPU: set(),
-    CUDA: {"device_id", "enable_cuda_graph"},
+    CUDA: {"device_id", "enable_cuda_graph", "use_tf32"},
     TENSORRT: {
         "device_id",
         "trt_cuda_graph_enable",
@@ -95,7 +95,7 @@ class Session:
         return [*(name for name in self.asked if name in self.build.starts), CPU]
 
     def get_provider_options(self) -> dict[str, dict[str, str]]:
-        return {name: {**self.asked.get(name, {}), "use_tf32": "1"} for name in self.get_providers()}
+        return {name: {"arena": "default", **self.asked.get(name, {})} for name in self.get_providers()}
 
     def get_inputs(self) -> list[Any]:
         return self.real.get_inputs()
@@ -238,12 +238,12 @@ def runtime(request: pytest.FixtureRequest) -> str:
 def test_cuda_is_the_only_provider_and_the_default_on_a_gpu(build: GpuBuild, path: Path) -> None:
     runtime = open_runtime(path, device="cuda:1", threads=1)
     probe, session = build.sessions
-    assert probe.asked == session.asked == {CUDA: {"device_id": "1"}}
+    assert probe.asked == session.asked == {CUDA: {"device_id": "1", "use_tf32": "0"}}
     assert (probe.strict, probe.profiled, session.strict, session.profiled) == (False, True, True, False)
     found = runtime.description()
     assert (found["provider"], found["device"]) == (CUDA, "cuda:1")
     assert found["kernels_by_provider"] == {CUDA: 2}
-    assert found["provider_options"] == {"device_id": "1", "use_tf32": "1"}
+    assert found["provider_options"] == {"arena": "default", "device_id": "1", "use_tf32": "0"}
     assert not found["cuda_graph"]
     assert not found["allow_fallback"]
     assert not found["numbers_only"]

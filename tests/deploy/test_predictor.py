@@ -26,7 +26,6 @@ from deploy.images import prepare, split_images
 from deploy.metadata import Metadata
 from deploy.predictor import Prediction, Predictor, load
 from deploy.runtimes import Runtime, Step, TensorSpec, open_runtime
-from tests.fakes.fixtures import tensorrt  # noqa: F401
 
 NAMES = ("cat", "dog", "fox", "hen", "owl")
 SIDE, RESIZED = 16, 20
@@ -313,7 +312,7 @@ class TestRuns:
 
     def test_an_engine_and_its_source_agree(
         self,
-        tensorrt: ModuleType,  # noqa: F811
+        tensorrt: ModuleType,
         run: MadeRun,
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
