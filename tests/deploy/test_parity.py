@@ -1,4 +1,5 @@
 import copy
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from compress.errors import InputError, WorkError
 from compress.training.evaluation import evaluate
 from deploy.export import export_onnx
-from deploy.parity import Parity, check_parity, evaluate_runtime, top1_agreement
+from deploy.parity import TIE, TOLERANCES, Parity, Tolerance, check_parity, evaluate_runtime, top1_agreement
 from deploy.runtimes import Runtime, Step, TensorSpec, open_runtime
 
 
@@ -57,8 +58,27 @@ def test_errors_by_hand() -> None:
     parity = compare([[1.0, -4.0], [2.0, 1.0]], [[1.0, -4.5], [2.25, 1.0]])
     assert parity.max_relative_error == 0.5 / 4
     assert parity.mean_relative_error == (0.75 / 4) / (8 / 4)
+    assert parity.rms_relative_error == pytest.approx(((0.5**2 + 0.25**2) / (1 + 16 + 4 + 1)) ** 0.5)
+    assert parity.sqnr_db == pytest.approx(10 * np.log10(22 / 0.3125))
     assert parity.top1_agreement == 100
+    assert parity.largest_flip == 0
     assert parity.samples == 2
+
+
+def test_signal_over_noise_by_hand() -> None:
+    # Off by a tenth everywhere: an error of 10 %, noise power of 1 %.
+    parity = compare([[10.0, -20.0], [30.0, 40.0]], [[11.0, -18.0], [27.0, 44.0]])
+    assert parity.rms_relative_error == pytest.approx(0.1)
+    assert parity.sqnr_db == pytest.approx(20)
+    same = compare([[1.0, 2.0]], [[1.0, 2.0]])
+    assert (same.rms_relative_error, same.sqnr_db) == (0, np.inf)
+
+
+def test_largest_flip_by_hand() -> None:
+    # Row 0 puts 3 before 4, whose scale is 8; row 1 puts 9 before 10; row 2 agrees.
+    parity = compare([[4.0, 3.0, -8.0], [10.0, 9.0, 0.0], [1.0, 0.0, 0.0]], [[0, 1, 0.0], [0, 1, 0], [1, 0, 0]])
+    assert parity.largest_flip == 1 / 8
+    assert parity.top1_agreement == pytest.approx(100 / 3)
 
 
 def test_only_whole_batches_are_compared() -> None:
@@ -102,9 +122,63 @@ def test_a_flipped_class_within_tolerance_fails() -> None:
         parity.require()
 
 
+def test_bounds_come_from_the_number_formats() -> None:
+    assert TOLERANCES["fp32"] == Tolerance(max_relative_error=1e-3, largest_flip=TIE)
+    assert TOLERANCES["fp16"].max_relative_error == 32 / 2**11
+    assert TOLERANCES["bf16"].max_relative_error == 32 / 2**8
+    assert TOLERANCES["int8"].sqnr_db == pytest.approx(10 * np.log10(12 * 128**2 / 100) - 23, abs=0.1)
+    bits = np.random.default_rng(0).standard_normal(100_000)
+    rounded = _rounded_to_e4m3(bits)
+    one = 10 * np.log10((bits**2).sum() / ((bits - rounded) ** 2).sum())
+    assert TOLERANCES["fp8"].sqnr_db == pytest.approx(one - 23, abs=0.1)
+
+
+def _rounded_to_e4m3(values: np.ndarray) -> np.ndarray:
+    subnormal = 2.0**-9
+    step = np.maximum(2.0 ** (np.frexp(values)[1] - 4), subnormal)
+    return np.round(values / step) * step
+
+
+def test_each_precision_is_held_to_its_own_bounds() -> None:
+    reference = [[1.0, 0.0], [0.0, 1.0]]
+    by_one_percent = compare(reference, [[1.01, 0.0], [0.0, 1.0]])
+    by_ten_percent = compare(reference, [[1.1, 0.0], [0.0, 1.0]])
+    with pytest.raises(WorkError, match=r"error is 0\.01 \(tolerance 0\.001"):
+        by_one_percent.require(TOLERANCES["fp32"])
+    by_one_percent.require(TOLERANCES["fp16"])
+    with pytest.raises(WorkError, match=r"error is 0\.1 \(tolerance 0\.016"):
+        by_ten_percent.require(TOLERANCES["fp16"])
+    by_ten_percent.require(TOLERANCES["bf16"])
+    by_ten_percent.require(TOLERANCES["int8"])
+    with pytest.raises(WorkError, match=r"signal is 3\.0 dB above the noise \(tolerance 10\.0 dB\) and .* 50\.00 %"):
+        compare(reference, [[1.0, 0.0], [1.0, 1.0]]).require(replace(TOLERANCES["int8"], largest_flip=0))
+
+
+def test_a_tie_within_the_precision_passes_and_a_sure_class_that_flips_does_not() -> None:
+    close = compare([[1.0, 0.98], [50.0, 0.0]], [[0.99, 1.0], [50.0, 0.0]])
+    assert close.top1_agreement == 50
+    close.require(TOLERANCES["fp16"])
+    # The error is small against the largest logit of all samples, but not for the sample itself.
+    sure = compare([[0.1, 0.0], [50.0, 0.0]], [[0.0, 0.1], [50.0, 0.0]])
+    assert sure.max_relative_error == pytest.approx(0.002)
+    for precision in ("fp16", "bf16", "int8", "fp8"):
+        with pytest.raises(WorkError, match=r"puts 1 of the largest logit below its own .* agrees on 50\.00 %"):
+            sure.require(TOLERANCES[precision])
+
+
+def test_figures_of_a_sound_file_are_json() -> None:
+    same = compare([[1.0, 2.0]], [[1.0, 2.0]])
+    assert all(np.isfinite(value) for value in asdict(same.batches[0]).values())
+    assert asdict(TOLERANCES["int8"])["max_relative_error"] is None
+
+
 def test_logits_that_are_not_finite() -> None:
     parity = compare([[1.0, 2.0]], [[float("nan"), 2.0]])
-    assert parity.max_relative_error == np.inf
+    assert parity.max_relative_error == parity.rms_relative_error == parity.largest_flip == np.inf
+    assert parity.sqnr_db == -np.inf
+    for tolerance in TOLERANCES.values():
+        with pytest.raises(WorkError, match=r"inf"):
+            parity.require(tolerance)
     with pytest.raises(WorkError, match="inf"):
         parity.require(1e9)
     with pytest.raises(WorkError, match="not finite"):
