@@ -1,4 +1,4 @@
-"""ONNX files timed against each other, whatever they came from."""
+"""Deployable files timed against each other, whatever they came from."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,8 +14,11 @@ from benchmarks.harness import Measured, Variant, environment, measure, numerals
 from benchmarks.harness.statistics import Estimate, Speedup
 from compress.errors import InputError
 from compress.progress import progress_bar
+from deploy.engine import SUFFIX as PLAN
 from deploy.measuring import bound, pool_batches, rotating, shown_on
 from deploy.runtimes import TensorSpec, open_runtime
+
+FLOATS = ("float32", "float16", "bfloat16")
 
 
 def bench(
@@ -25,17 +28,35 @@ def bench(
     rounds: int = 10,
     seconds: float = 1.0,
     threads: int | None = None,
+    device: str = "cpu",
+    runtime: str | None = None,
+    trusted_manifest: Path | None = None,
 ) -> dict[str, Any]:
-    """Latency of each file and its speedup over the first, on the CPU, as JSON values.
+    """Latency of each file and its speedup over the first, as JSON values.
 
     The inputs are drawn from a standard normal distribution, which is what normalised images look like to arithmetic.
+
+    Args:
+        device, runtime: as `open_runtime`, for all files.
+        trusted_manifest: for plans, see `deploy.trust`.
 
     Raises:
         InputError: a file cannot be run, or the files take different inputs.
         HarnessError: a file failed while it was timed.
     """
     with ExitStack() as opened:
-        sessions = {str(path): opened.enter_context(open_runtime(path, threads=threads)) for path in artefacts}
+        sessions = {
+            str(path): opened.enter_context(
+                open_runtime(
+                    path,
+                    device=device,
+                    threads=threads,
+                    runtime=runtime,
+                    trusted_manifest=trusted_manifest if path.suffix == PLAN else None,
+                )
+            )
+            for path in artefacts
+        }
         if len(sessions) < len(artefacts):
             raise InputError("The same file is given twice: to time it against itself, give a copy of it.")
         image_shape = _image_shape({name: session.inputs for name, session in sessions.items()})
@@ -53,6 +74,7 @@ def bench(
         runtimes = {name: session.description() for name, session in sessions.items()}
     return {
         "batch_size": batch_size,
+        "device": device,
         "inputs": "random, standard normal",
         "stopped_by": measurement.stopped_by,
         "variants": [_record(measured, runtimes[name]) for name, measured in measurement.variants.items()],
@@ -63,7 +85,7 @@ def bench(
 def table(found: dict[str, Any]) -> Table:
     """The outcome of `bench` for the terminal."""
     result = Table(
-        title=f"ONNX Runtime, CPU, batch {found['batch_size']}, random images",
+        title=f"{_runtimes(found)}, {found['device']}, batch {found['batch_size']}, random images",
         title_justify="left",
         caption="Median latency and paired speedup with 95 % intervals.",
         caption_justify="left",
@@ -83,14 +105,19 @@ def table(found: dict[str, Any]) -> Table:
     return result
 
 
+def _runtimes(found: dict[str, Any]) -> str:
+    names = (f"{variant['runtime']['runtime']} {variant['runtime']['version']}" for variant in found["variants"])
+    return " and ".join(dict.fromkeys(names))
+
+
 def _image_shape(inputs: dict[str, tuple[TensorSpec, ...]]) -> list[int]:
     """(C, H, W) that all files take."""
     shapes: dict[str, list[int]] = {}
     for name, specs in inputs.items():
         sizes = [size for size in specs[0].shape[1:] if isinstance(size, int)]
-        if len(specs) != 1 or specs[0].dtype != "float32" or len(sizes) < len(specs[0].shape) - 1:
+        if len(specs) != 1 or specs[0].dtype not in FLOATS or len(sizes) < len(specs[0].shape) - 1:
             given = "; ".join(map(str, specs))
-            raise InputError(f"{name} takes {given}, but one float32 input of fixed image size can be timed.")
+            raise InputError(f"{name} takes {given}, but one floating-point input of fixed image size can be timed.")
         shapes[name] = sizes
     first, *others = shapes
     for other in others:

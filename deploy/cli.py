@@ -1,24 +1,21 @@
-"""The command `espalier`. Heavy imports stand inside the commands, so that --help and usage errors come at once."""
+"""The command `espalier`: the workflow and what explains it. The files that go to production are in `cli_deploy`.
+
+Heavy imports stand inside the commands, so that --help and usage errors come at once.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import deploy.cli_deploy  # noqa: F401  it brings further commands
+from deploy.cli_app import Debug, Json, Trust, app
 from deploy.console import command, emit, show
 
 if TYPE_CHECKING:
     from deploy.recipe import Recipe
 
 RUNS = Path("runs")
-
-app = typer.Typer(
-    name="espalier",
-    help="Prune a trained vision network, train it back, export it, and prove with a clock that it is faster.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
 
 RecipePath = Annotated[
     Path | None, typer.Argument(metavar="RECIPE.yaml", help="What to do; the built-in recipe if not given.")
@@ -28,13 +25,6 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, such as prune.events=5; repeatable."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Write JSON to stdout instead of tables.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Log everything, and show the traceback of an error.")]
-Trust = Annotated[
-    list[str] | None,
-    typer.Option(metavar="MODULE", help="Let the checkpoint's factory import this module; repeatable."),
-]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of one inference.  [default: PyTorch's number]")]
 
 
 @app.command()
@@ -88,53 +78,6 @@ def prune(
             emit(found)
         else:
             show(*inspection.tables(found), f"Checkpoint: {directory.pruned}")
-
-
-@app.command()
-def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.", metavar="CHECKPOINT")],
-    out: Annotated[
-        Path | None,
-        typer.Option(help="File to write.  [default: artifacts/NAME.fp32.onnx beside the checkpoint]", metavar="FILE"),
-    ] = None,
-    trust: Trust = None,
-    json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Write a checkpoint as an ONNX file with dynamic batch, and enter it in its folder's manifest."""
-    with command(debug=debug):
-        from deploy.artefacts import PRECISION, export_checkpoint
-
-        place = checkpoint.resolve()
-        path = out or place.parent / "artifacts" / f"{place.name}.{PRECISION}.onnx"
-        entry = export_checkpoint(checkpoint, path, trust=trust or ())
-        if json:
-            emit({"path": str(path), **entry.model_dump(mode="json")})
-        else:
-            show(f"{path}  {entry.size_bytes} bytes  SHA-256 {entry.sha256}")
-
-
-@app.command()
-def bench(
-    artefacts: Annotated[
-        list[Path], typer.Argument(help="ONNX files; the first is the baseline.", metavar="A.onnx B.onnx")
-    ],
-    batch: Annotated[int, typer.Option(min=1, help="Images per query.")] = 1,
-    rounds: Annotated[int, typer.Option(min=2, help="Interleaved rounds.")] = 10,
-    seconds: Annotated[float, typer.Option(min=0, help="Least time of a file in a round.")] = 1.0,
-    threads: Threads = None,
-    json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Time ONNX files against each other on the CPU, in interleaved rounds, on random images."""
-    with command(debug=debug):
-        from deploy import benching
-
-        found = benching.bench(artefacts, batch_size=batch, rounds=rounds, seconds=seconds, threads=threads)
-        if json:
-            emit(found)
-        else:
-            show(benching.table(found))
 
 
 @app.command()

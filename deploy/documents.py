@@ -18,14 +18,15 @@ from benchmarks.harness import (
     csv_text,
     report_html,
 )
+from compress.checkpoint import Architecture
 from compress.errors import WorkError
 from compress.files import write_text
 from deploy.manifest import tool_versions
 from deploy.run_directory import RunDirectory
-from deploy.stages import TRAININGS, VARIANTS, Run, Variant, seeds
+from deploy.stages import TRAININGS, VARIANTS, Deployed, Run, seeds
 
 Outcomes = Mapping[str, Mapping[str, Any]]
-NEEDED = (*TRAININGS, "export", "parity", "measure")
+NEEDED = (*TRAININGS, "export", "engine", "parity", "measure")
 
 
 def report(run: Run) -> dict[str, Any]:
@@ -59,29 +60,31 @@ def assemble(run: Run, outcomes: Outcomes) -> Results:
         recipe=run.recipe.resolved(),
         seeds={"recipe": run.recipe.seed, **seeds(run.recipe)},
         environment=outcomes["measure"]["environment"],
-        variants=[_variant(run, variant, outcomes) for variant in VARIANTS],
+        variants=[_variant(run, deployed, outcomes) for deployed in run.deployed],
         pruning=_pruning(outcomes),
         training={stage: outcomes[stage]["training"] for stage in TRAININGS},
         provenance={
             "command": "espalier run recipe.yaml",
             "versions": dict(tool_versions()),
-            "checkpoints": {variant: outcomes["export"][variant]["checkpoint_sha256"] for variant in VARIANTS},
+            "checkpoints": {variant: Architecture.read(run.checkpoint(variant)).sha256 for variant in VARIANTS},
+            "runtime": str(run.serving),
             "stage_seconds": {stage: outcome["seconds"] for stage, outcome in outcomes.items()},
         },
     )
 
 
-def _variant(run: Run, variant: Variant, outcomes: Outcomes) -> VariantResult:
-    entry = outcomes["export"][variant]
-    checked = outcomes["parity"][variant]
+def _variant(run: Run, deployed: Deployed, outcomes: Outcomes) -> VariantResult:
+    entries = {**outcomes["export"]["entries"], **outcomes["engine"]["entries"]}
+    entry = entries[deployed.file.name]
+    checked = outcomes["parity"][deployed.label]
     runtime, accuracy = checked["runtime"], checked["accuracy"]
-    counts = outcomes["measure"]["counts"][variant]
-    in_pytorch = outcomes["baseline" if variant == "dense" else "finetune"]["pytorch"]
+    counts = outcomes["measure"]["counts"][deployed.variant]
+    in_pytorch = outcomes["baseline" if deployed.variant == "dense" else "finetune"]["pytorch"]
     return VariantResult(
-        name=variant,
-        kind=variant,
+        name=deployed.label,
+        kind=deployed.variant,
         artefact=Artefact(
-            path=str(run.artifact(variant).relative_to(run.directory.root)),
+            path=str(deployed.file.relative_to(run.directory.root)),
             sha256=entry["sha256"],
             size_bytes=entry["size_bytes"],
             precision=entry["precision"],
@@ -103,11 +106,14 @@ def _variant(run: Run, variant: Variant, outcomes: Outcomes) -> VariantResult:
             "reference_loss": in_pytorch["loss"],
             "max_relative_error": checked["max_relative_error"],
             "mean_relative_error": checked["mean_relative_error"],
+            "rms_relative_error": checked["rms_relative_error"],
             "top1_agreement_percent": checked["top1_agreement"],
-            "tolerance": run.recipe.parity.tolerance,
+            "tolerance": checked["tolerance"],
             "batches": checked["batches"],
         },
-        measurements=[BatchMeasurement.model_validate(item) for item in outcomes["measure"]["measurements"][variant]],
+        measurements=[
+            BatchMeasurement.model_validate(item) for item in outcomes["measure"]["measurements"][deployed.label]
+        ],
     )
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint, an ONNX file or a run directory holds. Nothing of it is executed, no model is built.
+"""What a checkpoint, an ONNX file, a plan or a run directory holds. Nothing of it is executed, no model is built.
 
 `inspect` gives JSON values, whose `kind` says of what; `tables` shows them on a terminal.
 """
@@ -20,10 +20,12 @@ from compress import checkpoint
 from compress.errors import InputError
 from compress.files import sha256
 from deploy import manifest
+from deploy.engine import SUFFIX as PLAN
 from deploy.metadata import decode
 from deploy.onnx_file import SUFFIX, onnx_specs, read_onnx
 from deploy.recipe_text import read_recipe
 from deploy.run_directory import RunDirectory
+from deploy.tensor_spec import TensorSpec
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -34,11 +36,16 @@ def inspect(path: Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.exists():
-        raise InputError(f"{path} does not exist: give a checkpoint directory, an ONNX file or a run directory.")
+        raise InputError(
+            f"{path} does not exist: give a checkpoint directory, an ONNX file, a plan or a run directory."
+        )
     if path.is_file():
-        if path.suffix != SUFFIX:
-            raise InputError(f"{path} is no ONNX file: give one that ends in .onnx, a checkpoint or a run directory.")
-        return _onnx(path)
+        if path.suffix not in (SUFFIX, PLAN):
+            raise InputError(
+                f"{path} is neither an ONNX file nor a plan: give one that ends in {SUFFIX} or {PLAN}, a checkpoint "
+                "or a run directory."
+            )
+        return _onnx(path) if path.suffix == SUFFIX else _plan(path)
     if (path / checkpoint.ARCHITECTURE).exists():
         return _checkpoint(path)
     if (path / "recipe.yaml").exists():
@@ -48,7 +55,8 @@ def inspect(path: Path) -> dict[str, Any]:
 
 def tables(found: Mapping[str, Any]) -> list[RenderableType]:
     """What `inspect` found, for the terminal."""
-    return {"checkpoint": _checkpoint_tables, "onnx": _onnx_tables, "run": _run_tables}[found["kind"]](found)
+    shown = {"checkpoint": _checkpoint_tables, "onnx": _onnx_tables, "plan": _plan_tables, "run": _run_tables}
+    return shown[found["kind"]](found)
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
@@ -109,6 +117,11 @@ def _onnx(path: Path) -> dict[str, Any]:
     }
 
 
+def _plan(path: Path) -> dict[str, Any]:
+    """What the manifest says of a plan: to look into it would be to execute it."""
+    return {"kind": "plan", "path": str(path), **manifest.verify_file(path).model_dump(mode="json", exclude={"kind"})}
+
+
 def _run(path: Path) -> dict[str, Any]:
     directory = RunDirectory(path)
     recipe = read_recipe(directory.recipe)
@@ -161,6 +174,7 @@ def _onnx_tables(found: Mapping[str, Any]) -> list[RenderableType]:
         "operators": ", ".join(f"{count} {name}" for name, count in found["operators"].items()),
         "numbers stored": numerals.compact(found["numbers_stored"]),
         "size": numerals.size(found["size_bytes"]),
+        "precision": _precision(metadata),
         "manifest": in_manifest[found["in_manifest"]],
         "classes": _listed(metadata.get("classes", [])),
         "mean, std": f"{metadata.get('mean', [])}, {metadata.get('std', [])}",
@@ -168,6 +182,49 @@ def _onnx_tables(found: Mapping[str, Any]) -> list[RenderableType]:
         "SHA-256": found["sha256"],
     }
     return [_facts(f"ONNX file {found['path']}", facts.items())]
+
+
+def _plan_tables(found: Mapping[str, Any]) -> list[RenderableType]:
+    engine = found["engine"] or {}
+    profiles = (
+        f"{name}: {' to '.join('x'.join(map(str, shape[end])) for end in ('minimum', 'maximum'))}, "
+        f"fastest at {'x'.join(map(str, shape['optimum']))}"
+        for name, shape in engine.get("profiles", {}).items()
+    )
+    facts = {
+        "inputs": "; ".join(_spec(spec) for spec in found["inputs"]),
+        "outputs": "; ".join(_spec(spec) for spec in found["outputs"]),
+        "precision": _precision(found),
+        "TensorRT": engine.get("tensorrt_version", "not recorded"),
+        "GPU": f"{engine.get('gpu', 'not recorded')}, compute capability "
+        f"{'.'.join(map(str, engine.get('compute_capability', ('?',))))}",
+        "profiles": "; ".join(profiles) or "not recorded",
+        "settings": json.dumps(engine.get("settings", {})),
+        "size": numerals.size(found["size_bytes"]),
+        "built from": found["source_sha256"] or "not recorded",
+        "checkpoint": found["checkpoint_sha256"] or "not recorded",
+        "SHA-256": found["sha256"],
+    }
+    return [_facts(f"TensorRT plan {found['path']}", facts.items())]
+
+
+def _precision(about: Mapping[str, Any]) -> str:
+    """Number format, target and calibration of a file, from its metadata or its entry."""
+    if not about:
+        return "not recorded"
+    target = "" if about["target"] == "any" else f" for the {about['target'].upper()}"
+    quantisation = about["quantisation"]
+    if quantisation is None:
+        return f"{about['precision']}{target}"
+    left_out = f"; in floating point: {', '.join(quantisation['excluded'])}" if quantisation["excluded"] else ""
+    return (
+        f"{about['precision']}{target}, {quantisation['calibration']} over {quantisation['samples']} images of "
+        f"{quantisation['data']}{left_out}"
+    )
+
+
+def _spec(spec: Mapping[str, Any]) -> str:
+    return str(TensorSpec(spec["name"], spec["dtype"], tuple(spec["shape"])))
 
 
 def _run_tables(found: Mapping[str, Any]) -> list[RenderableType]:

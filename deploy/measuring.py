@@ -14,7 +14,7 @@ from benchmarks.harness import BatchMeasurement, environment, macs, measure, par
 from benchmarks.harness import Variant as Timed
 from compress.progress import Bar, progress_bar
 from deploy import manifest
-from deploy.runtimes import Runtime, Step, open_runtime
+from deploy.runtimes import Runtime, Step
 from deploy.stages import VARIANTS, Run, sample_images
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ POOL_BYTES = 256 * 1024**2
 
 
 def time_artifacts(run: Run) -> dict[str, Any]:
-    """MACs, parameters and layer widths of both networks; latency of both ONNX files in interleaved rounds.
+    """MACs, parameters and layer widths of both networks; latency of all files in interleaved rounds.
 
     Raises:
         InputError: an artefact is not the one in the manifest, or the test split is smaller than a batch.
@@ -35,12 +35,9 @@ def time_artifacts(run: Run) -> dict[str, Any]:
     """
     settings = run.recipe.measure
     manifest.verify(run.directory.artifacts)
-    measurements: dict[str, list[Any]] = {variant: [] for variant in VARIANTS}
+    measurements: dict[str, list[Any]] = {deployed.label: [] for deployed in run.deployed}
     with ExitStack() as opened:
-        sessions = {
-            variant: opened.enter_context(open_runtime(run.artifact(variant), threads=settings.threads))
-            for variant in VARIANTS
-        }
+        sessions = {deployed.label: opened.enter_context(run.open(deployed)) for deployed in run.deployed}
         for batch_size in settings.batch_sizes:
             most = batch_size * pool_batches(batch_size, run.data.image_shape)
             images = sample_images(run.data, at_least=batch_size, at_most=most)
@@ -48,7 +45,7 @@ def time_artifacts(run: Run) -> dict[str, Any]:
             with progress_bar(f"timing at batch {batch_size}", settings.rounds) as bar:
                 measurement = measure(
                     timed,
-                    baseline="dense",
+                    baseline=run.deployed[0].label,
                     rounds=settings.rounds,
                     min_seconds_per_round=settings.seconds_per_round,
                     min_queries_per_round=settings.queries_per_round,
@@ -68,8 +65,9 @@ def time_artifacts(run: Run) -> dict[str, Any]:
 
 def bound(runtime: Runtime, images: Tensor, batch_size: int) -> list[Step]:
     """One step for each batch that the images fill; a rest is left out."""
-    name = runtime.inputs[0].name
-    return [runtime.bind({name: batch.numpy()}) for batch in images.split(batch_size) if len(batch) == batch_size]
+    spec = runtime.inputs[0]
+    batches = (batch.numpy().astype(spec.dtype) for batch in images.split(batch_size) if len(batch) == batch_size)
+    return [runtime.bind({spec.name: batch}) for batch in batches]
 
 
 def rotating(steps: Sequence[Step]) -> Callable[[], None]:

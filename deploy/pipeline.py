@@ -11,11 +11,12 @@ import torch
 
 from benchmarks.harness import Results, load
 from compress.errors import InputError
-from deploy import documents, measuring, preflight, stages
+from deploy import deploying, documents, measuring, preflight, serving, stages
 from deploy.manifest import tool_versions
 from deploy.recipe import Recipe
 from deploy.recipe_text import difference, read_recipe
 from deploy.run_directory import RunDirectory
+from deploy.serving import Serving
 from deploy.stages import Run
 
 logger = logging.getLogger(__name__)
@@ -24,8 +25,9 @@ STAGES: Mapping[str, Callable[[Run], dict[str, Any]]] = {
     "baseline": stages.baseline,
     "prune": stages.prune,
     "finetune": stages.finetune,
-    "export": stages.export,
-    "parity": stages.parity,
+    "export": deploying.export,
+    "engine": deploying.engines,
+    "parity": deploying.parity,
     "measure": measuring.time_artifacts,
     "report": documents.report,
 }
@@ -68,7 +70,7 @@ def advance(recipe: Recipe, directory: RunDirectory, last: str) -> None:
     """Run the unfinished stages up to `last` under the directory's lock."""
     directory.check_recipe(recipe)
     if last != LAST_TRAINING and not directory.complete:
-        preflight.require_runtime()
+        preflight.require_libraries(recipe)
     if not directory.complete or directory.work.exists():
         with directory.locked():
             if not directory.complete:  # else another process has just finished it, or was killed right after
@@ -80,7 +82,7 @@ def advance(recipe: Recipe, directory: RunDirectory, last: str) -> None:
 
 def _advance(recipe: Recipe, directory: RunDirectory, last: str) -> None:
     data = preflight.open_data(recipe)
-    current = Run(preflight.fill_in(recipe, data), data, directory)
+    current = Run(preflight.fill_in(recipe, data), data, directory, _serving(recipe, directory))
     if directory.recipe.exists():
         _check_unchanged(current)
     if directory.outcome("prune") is None:
@@ -98,6 +100,15 @@ def _advance(recipe: Recipe, directory: RunDirectory, last: str) -> None:
             break
     if directory.complete:
         directory.tidy()
+
+
+def _serving(recipe: Recipe, directory: RunDirectory) -> Serving:
+    """The runtime of the run: the one that its files were written for, once there are files."""
+    exported = directory.outcome("export")
+    chosen = Serving.model_validate(exported["serving"]) if exported else serving.choose()
+    chosen.require(recipe.export.precision)
+    logger.info("runtime: %s", chosen)
+    return chosen
 
 
 def _check_unchanged(current: Run) -> None:

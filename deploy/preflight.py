@@ -3,7 +3,11 @@
 import importlib.util
 import inspect
 import logging
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+from torch import nn
 
 from compress import data, models
 from compress.errors import InputError, MissingExtraError
@@ -11,20 +15,27 @@ from compress.models import networks
 from compress.training import TrainingConfig, check_fit
 from compress.training.placement import opened_accelerator
 from compress.training.preflight import check_precision
+from deploy.export import export_onnx
+from deploy.onnx_file import read_onnx
+from deploy.precision import HALF
+from deploy.precision.layers import match_layers
 from deploy.recipe import Recipe
 from deploy.stages import TRUST_ALL, Run, build_model, build_pruner, sample_images
 
 logger = logging.getLogger(__name__)
 
 
-def require_runtime() -> None:
-    """Refuse to begin what could not be verified and timed.
+def require_libraries(recipe: Recipe) -> None:
+    """Refuse to begin what could not be written, verified and timed.
 
     Raises:
-        MissingExtraError: ONNX Runtime is not installed.
+        MissingExtraError: ONNX Runtime is not installed, or what writes the recipe's precisions.
     """
     if importlib.util.find_spec("onnxruntime") is None:
         raise MissingExtraError("onnxruntime", "cpu", "Verifying and timing the exported networks")
+    half = sorted(HALF & set(recipe.export.precision))
+    if half and importlib.util.find_spec("modelopt") is None:
+        raise MissingExtraError("nvidia-modelopt", "quant", f"Writing {' and '.join(half)}")
 
 
 def open_data(recipe: Recipe) -> data.Data:
@@ -75,10 +86,20 @@ def check(run: Run) -> None:
     model = build_model(recipe)
     for loader in (run.data.train, run.data.test):
         check_fit(model, loader, classes=run.data.classes)
+    _check_excluded(model, run)
     pruner = build_pruner(model, run)
     check_precision(recipe.prune.training.precision, pruner.needs)
     groups, frozen = pruner.graph.groups, pruner.graph.frozen
     logger.info("%d channel groups can be pruned, %d sets of layers stay as they are", len(groups), len(frozen))
+
+
+def _check_excluded(model: nn.Module, run: Run) -> None:
+    """Names of layers are those of the exported graph, so they are looked up in one."""
+    if not run.recipe.export.exclude:
+        return
+    with TemporaryDirectory() as folder:
+        exported = export_onnx(model, Path(folder) / "dense.onnx", image_shape=run.data.image_shape)
+        match_layers(read_onnx(exported), run.recipe.export.exclude)
 
 
 def _arguments(factory: str) -> set[str]:

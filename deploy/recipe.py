@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from compress.budget import Budget
 from compress.training import Distillation, TrainingConfig
+from deploy.engine_settings import BuilderSettings
+from deploy.precision.settings import ExportSettings
 
 RECIPE_VERSION = 1
 
@@ -116,17 +118,23 @@ class PruneSection(Section):
     training: PruningTraining = Field(default_factory=PruningTraining, description="between the events")
 
 
-class ExportSection(Section):
-    """The deployable files."""
+class EngineSection(Section):
+    """How TensorRT builds engines, where a GPU and TensorRT are present."""
 
-    precision: tuple[Literal["fp32"], ...] = Field(("fp32",), min_length=1, description="number formats to write")
+    optimization_level: int = Field(3, ge=0, le=5, description="0 builds fastest, 5 searches longest for fast kernels")
+    workspace_bytes: int | None = Field(None, ge=1, description="most GPU memory for one layer; null: all there is")
+    tf32: bool = Field(False, description="whether fp32 layers may round their inputs to 10 bits of mantissa")
+
+    def settings(self) -> BuilderSettings:
+        """The same for the builder."""
+        return BuilderSettings(**self.model_dump())
 
 
 class ParitySection(Section):
     """How the files are held against PyTorch."""
 
     tolerance: float = Field(
-        1e-3, gt=0, description="largest |difference| of logits, as a share of the largest |logit|"
+        1e-3, gt=0, description="of fp32: largest |difference| of logits, as a share of the largest |logit|"
     )
     batch_sizes: tuple[int, ...] = Field((1, 3, 8), min_length=1, description="images per inference")
     samples: int = Field(64, ge=1, description="test images compared")
@@ -173,7 +181,8 @@ class Recipe(Section):
     )
     prune: PruneSection = Field(description="removal of channels")
     finetune: FinetuneTraining = Field(default_factory=FinetuneTraining, description="training after pruning")
-    export: ExportSection = Field(default_factory=ExportSection, description="deployable files")
+    export: ExportSettings = Field(default_factory=ExportSettings, description="deployable files")
+    engine: EngineSection = Field(default_factory=EngineSection, description="TensorRT engines, where TensorRT is used")
     parity: ParitySection = Field(default_factory=ParitySection, description="the files against PyTorch")
     measure: MeasureSection = Field(default_factory=MeasureSection, description="the files against the clock")
 

@@ -1,4 +1,6 @@
-"""The stages of a run, each a function that can be called alone.
+"""What the stages of a run work on, and the stages that train; those that deploy stand in `deploy.deploying`.
+
+Each is a function that can be called alone.
 
 A stage reads what the stages before it wrote, writes its own files, and returns the rest as JSON values, which the
 pipeline records. One that was killed is simply called again: a training goes on from its last epoch, everything else is
@@ -16,16 +18,16 @@ from torch import Tensor, nn
 
 from compress import checkpoint, models
 from compress.data import Data
-from compress.errors import InputError, WorkError
+from compress.errors import InputError
 from compress.files import write_json
 from compress.pruner import Pruner
 from compress.training import History, TrainingConfig, evaluate, fit
-from deploy import manifest
-from deploy.artefacts import PRECISION, export_checkpoint
-from deploy.parity import check_parity, evaluate_runtime
+from deploy.artefacts import artefact_name, targets
+from deploy.precision import Precision
 from deploy.recipe import Recipe
 from deploy.run_directory import RunDirectory
-from deploy.runtimes import open_runtime
+from deploy.runtimes import Runtime, open_runtime
+from deploy.serving import Serving
 
 logger = logging.getLogger(__name__)
 
@@ -38,20 +40,48 @@ TRUST_ALL: Final = ("*",)
 
 
 @dataclass(frozen=True)
+class Deployed:
+    """One network in one precision, as it is verified and timed."""
+
+    variant: Variant
+    precision: Precision
+    label: str
+    """"pruned" in the first precision of the recipe, "pruned int8" in any other."""
+    onnx: Path
+    file: Path
+    """What the runtime executes: the engine built from `onnx`, or `onnx` itself."""
+
+
+@dataclass(frozen=True)
 class Run:
     """What every stage works on; `recipe` is the resolved one."""
 
     recipe: Recipe
     data: Data
     directory: RunDirectory
+    serving: Serving
+
+    @property
+    def deployed(self) -> list[Deployed]:
+        """Every network in every precision, the baseline first."""
+        first = self.recipe.export.precision[0]
+        found = []
+        for precision in self.recipe.export.precision:
+            (target,) = targets(precision, {self.serving.target})
+            for variant in VARIANTS:
+                label = variant if precision == first else f"{variant} {precision}"
+                onnx = self.directory.artifacts / artefact_name(variant, precision, target)
+                file = onnx.with_suffix(".plan") if self.serving.runtime == "tensorrt" else onnx
+                found.append(Deployed(variant, precision, label, onnx, file))
+        return found
+
+    def open(self, deployed: Deployed) -> Runtime:
+        """The runtime of this run on one of its files."""
+        return open_runtime(deployed.file, device=self.serving.device, threads=self.recipe.measure.threads)
 
     def checkpoint(self, variant: Variant) -> Path:
         """Where the network lies."""
         return self.directory.baseline if variant == "dense" else self.directory.pruned
-
-    def artifact(self, variant: Variant) -> Path:
-        """Its ONNX file."""
-        return self.directory.artifacts / f"{variant}.{PRECISION}.onnx"
 
     def load(self, variant: Variant) -> nn.Module:
         """The network, from its checkpoint."""
@@ -161,50 +191,6 @@ def finetune(run: Run) -> dict[str, Any]:
     model = checkpoint.load(run.directory.unrefined, trust=TRUST_ALL)
     history = _train(run, "finetune", model, run.recipe.finetune)
     return {"training": _epochs(history), "pytorch": _evaluate_and_save(run, "pruned", model)}
-
-
-def export(run: Run) -> dict[str, Any]:
-    """Write both networks as ONNX files and enter them in `artifacts/manifest.json`."""
-    entries = {
-        variant: export_checkpoint(run.checkpoint(variant), run.artifact(variant), trust=TRUST_ALL)
-        for variant in VARIANTS
-    }
-    return {variant: entry.model_dump(mode="json") for variant, entry in entries.items()}
-
-
-def parity(run: Run) -> dict[str, Any]:
-    """Hold each ONNX file against PyTorch on real images, and find the accuracy of the file itself.
-
-    Raises:
-        InputError: an artefact is not the one in the manifest.
-        WorkError: a file does not compute what its network computes.
-    """
-    settings = run.recipe.parity
-    manifest.verify(run.directory.artifacts)
-    samples = sample_images(run.data, at_least=settings.samples, at_most=settings.samples)
-    outcome: dict[str, Any] = {}
-    for variant in VARIANTS:
-        path = run.artifact(variant)
-        with open_runtime(path, threads=run.recipe.measure.threads) as runtime:
-            found = check_parity(run.load(variant), runtime, samples, batch_sizes=settings.batch_sizes)
-            try:
-                found.require(settings.tolerance)
-            except WorkError as error:
-                raise WorkError(f"{path}: {error}") from error
-            accuracy = evaluate_runtime(runtime, run.data.test, description=f"{path.name}: accuracy")
-            outcome[variant] = {
-                "batches": [asdict(batch) for batch in found.batches],
-                "max_relative_error": found.max_relative_error,
-                "mean_relative_error": found.mean_relative_error,
-                "top1_agreement": found.top1_agreement,
-                "accuracy": asdict(accuracy),
-                "runtime": runtime.description(),
-            }
-        logger.info(
-            "%s: largest relative error %.2g, top class agrees on %.2f %%, accuracy of the file %.2f %%",
-            *(path.name, found.max_relative_error, found.top1_agreement, accuracy.top1),
-        )
-    return outcome
 
 
 def _train(run: Run, stage: str, model: nn.Module, config: TrainingConfig, pruner: Pruner | None = None) -> History:

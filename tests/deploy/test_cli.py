@@ -16,7 +16,19 @@ from deploy import pipeline
 from deploy.cli import app
 from deploy.console import command
 
-COMMANDS = {"run", "prune", "export", "bench", "correlate", "report", "inspect", "doctor"}
+COMMANDS = {
+    "run",
+    "prune",
+    "export",
+    "engine",
+    "triton",
+    "compare",
+    "bench",
+    "correlate",
+    "report",
+    "inspect",
+    "doctor",
+}
 
 
 def invoke(*arguments: str) -> Result:

@@ -49,7 +49,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
         std=(0.25,),
         provenance={"accuracy": {"top1": 97.5, "samples": 40}},
     )
-    export_checkpoint(directory, directory.parent / "pruned.fp32.onnx")
+    export_checkpoint(directory, directory.parent, name="pruned")
     return directory
 
 

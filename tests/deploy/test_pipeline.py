@@ -20,8 +20,10 @@ from deploy.recipe import Recipe
 from deploy.recipe_text import read_recipe
 from deploy.run_directory import RunDirectory
 from deploy.runtimes import Runtime, Step, TensorSpec
+from deploy.serving import Serving
 from deploy.stages import Run
 
+ON_CPU = Serving(runtime="onnxruntime", device="cpu", reason="the tests say so")
 LENET = ["model.factory=espalier:lenet3"]
 
 
@@ -54,7 +56,7 @@ class TestStages:
                     raise WorkError("not equal")
                 if name == "report":
                     run.directory.results.write_text("{}")
-                return {"from": name}
+                return {"from": name, "serving": ON_CPU.model_dump()}
 
             return call
 
@@ -64,8 +66,8 @@ class TestStages:
     def test_a_failed_run_goes_on_where_it_failed(self, calls: list[str], directory: RunDirectory) -> None:
         with pytest.raises(WorkError):
             pipeline.advance(recipe(), directory, "report")
-        assert calls == ["baseline", "prune", "finetune", "export", "parity"]
-        assert directory.finished_stages() == ["baseline", "prune", "finetune", "export"]
+        assert calls == ["baseline", "prune", "finetune", "export", "engine", "parity"]
+        assert directory.finished_stages() == ["baseline", "prune", "finetune", "export", "engine"]
         outcome = directory.outcome("export")
         assert outcome is not None
         assert outcome["from"] == "export"
@@ -113,6 +115,21 @@ class TestBeforehand:
             pipeline.run(recipe(), directory.root)
         assert not directory.root.exists()
 
+    def test_what_writes_fp16_is_asked_for_before_anything_else(
+        self, directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        find = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "modelopt" else find(name))
+        with pytest.raises(MissingExtraError, match=r"Writing bf16 and fp16 needs .*'espalier\[quant\]'"):
+            pipeline.run(recipe("export.precision=[fp32, fp16, bf16]"), directory.root)
+        assert not directory.root.exists()
+
+    def test_layers_to_exclude_are_looked_up_before_any_training(self, directory: RunDirectory) -> None:
+        chosen = recipe("export.precision=[int8]", "export.exclude=[conv9]")
+        data = tiny_data(count=80, shape=(1, 32, 32))
+        with pytest.raises(InputError, match="conv9"):
+            preflight.check(Run(preflight.fill_in(chosen, data), data, directory, ON_CPU))
+
     @pytest.mark.parametrize(
         ("factory", "expected"),
         [
@@ -138,12 +155,12 @@ class TestBeforehand:
         filled = preflight.fill_in(asked, data)
         assert "num_classes" not in filled.model.kwargs
         with pytest.raises(InputError, match="are for 1000 classes and tiny has 4"):
-            preflight.check(Run(filled, data, directory))
+            preflight.check(Run(filled, data, directory, ON_CPU))
 
     def test_too_few_test_images(self, directory: RunDirectory) -> None:
         data = tiny_data(count=40)
         with pytest.raises(InputError, match="has 40 images, but 64 are needed"):
-            preflight.check(Run(preflight.fill_in(recipe(), data), data, directory))
+            preflight.check(Run(preflight.fill_in(recipe(), data), data, directory, ON_CPU))
 
     def test_every_training_has_a_seed_of_its_own(self) -> None:
         drawn = [seed for number in (0, 1, 2) for seed in stages.seeds(recipe(f"seed={number}")).values()]
@@ -249,4 +266,4 @@ class TestMeasuring:
 def test_a_report_needs_all_stages(directory: RunDirectory) -> None:
     directory.finish("baseline", {})
     with pytest.raises(WorkError, match="the stage prune is not finished"):
-        report(Run(recipe(), tiny_data(), directory))
+        report(Run(recipe(), tiny_data(), directory, ON_CPU))

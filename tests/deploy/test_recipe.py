@@ -105,7 +105,15 @@ class TestMistakes:
             ("finetune=null", "finetune is null, but must be a section with keys"),
             ("data.augment=0", "data.augment is 0, but must be true or false"),
             ("prune.graph=magic", "prune.graph is \"magic\", but must be 'export' or 'torch-pruning'"),
-            ("export.precision=[fp16]", "export.precision.0 is \"fp16\", but must be 'fp32'"),
+            (
+                "export.precision=[fp64]",
+                "export.precision.0 is \"fp64\", but must be 'fp32', 'fp16', 'bf16', 'int8' or 'fp8'",
+            ),
+            ("export.precision=[int8, int8]", "export.precision: int8, int8 names one precision twice; name each once"),
+            (
+                "export.calibration=guess",
+                "export.calibration is \"guess\", but must be 'minmax', 'entropy' or 'percentile'",
+            ),
             ("name=a/b", 'name is "a/b", but must be of another form (letters, digits'),
             ("baseline.distillation={}", "baseline.distillation is {}, but must be left out or null."),
             ("version=2", "version is 2, but must be 1"),

@@ -37,6 +37,9 @@ prune:
 finetune:
   epochs: 3
   learning_rate: 0.02
+export:
+  precision: [fp32, int8]
+  samples: 64
 parity:
   batch_sizes: [1, 3]
   samples: 12

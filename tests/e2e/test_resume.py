@@ -48,7 +48,7 @@ def test_killed_in_every_stage(
     for network in ("baseline", "pruned"):
         for file in ("model.safetensors", "architecture.json"):
             assert (out / network / file).read_bytes() == (run_directory / network / file).read_bytes()
-    for artefact in ("dense.fp32.onnx", "pruned.fp32.onnx"):
+    for artefact in ("dense.fp32.onnx", "pruned.fp32.onnx", "dense.int8.cpu.onnx", "pruned.int8.cpu.onnx"):
         assert (out / "artifacts" / artefact).read_bytes() == (run_directory / "artifacts" / artefact).read_bytes()
     assert (out / "pruning.json").read_bytes() == (run_directory / "pruning.json").read_bytes()
     assert accuracies(out / "results.json") == accuracies(run_directory / "results.json")

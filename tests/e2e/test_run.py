@@ -30,6 +30,8 @@ def test_the_run_directory_is_complete_and_holds_nothing_else(run_directory: Pat
         "pruned/architecture.json",
         "artifacts/dense.fp32.onnx",
         "artifacts/pruned.fp32.onnx",
+        "artifacts/dense.int8.cpu.onnx",
+        "artifacts/pruned.int8.cpu.onnx",
         "artifacts/manifest.json",
     }
     assert not (run_directory / ".work").exists()
@@ -38,8 +40,12 @@ def test_the_run_directory_is_complete_and_holds_nothing_else(run_directory: Pat
 def test_stdout_is_the_results_document(unbroken: "subprocess.CompletedProcess[str]", run_directory: Path) -> None:
     assert unbroken.stdout == (run_directory / "results.json").read_text()
     results = Results.model_validate_json(unbroken.stdout)
-    dense, pruned = results.variants
-    assert (dense.kind, pruned.kind) == ("dense", "pruned")
+    assert [variant.name for variant in results.variants] == ["dense", "pruned", "dense int8", "pruned int8"]
+    assert [variant.artefact.precision for variant in results.variants] == ["fp32", "fp32", "int8", "int8"]
+    dense, pruned, _, quantised = results.variants
+    assert (dense.kind, pruned.kind, quantised.kind) == ("dense", "pruned", "pruned")
+    assert quantised.artefact.size_bytes < pruned.artefact.size_bytes
+    assert results.provenance["runtime"] == "ONNX Runtime on the CPU, because PyTorch finds no CUDA GPU"
     assert pruned.macs <= 0.5 * dense.macs
     assert pruned.parameters < dense.parameters
     for variant in results.variants:
@@ -48,11 +54,16 @@ def test_stdout_is_the_results_document(unbroken: "subprocess.CompletedProcess[s
         assert variant.accuracy is not None
         assert variant.accuracy.top1_percent.value > 50  # chance is 10
         assert variant.accuracy.top1_percent.samples == 360
-        # PyTorch and ONNX Runtime judge the same network.
+        # PyTorch and ONNX Runtime judge the same network; int8 rounds it.
         assert variant.parity is not None
-        assert variant.parity["reference_top1_percent"] == pytest.approx(variant.accuracy.top1_percent.value, abs=0.3)
+        points = 0.3 if variant.artefact.precision == "fp32" else 3
+        top1 = variant.accuracy.top1_percent.value
+        assert variant.parity["reference_top1_percent"] == pytest.approx(top1, abs=points)
     assert dense.measurements[0].speedup is None
-    assert pruned.measurements[0].speedup is not None
+    for variant in (pruned, quantised):
+        speedup = variant.measurements[0].speedup
+        assert speedup is not None
+        assert results.baseline_of(variant, speedup) is dense
 
 
 def test_every_figure_can_be_traced(unbroken: "subprocess.CompletedProcess[str]", run_directory: Path) -> None:
@@ -92,10 +103,7 @@ def test_the_table_in_the_csv_file(run_directory: Path) -> None:
     with (run_directory / "results.csv").open() as handle:
         rows = list(csv.DictReader(handle))
     assert [(row["variant"], row["batch_size"]) for row in rows] == [
-        ("dense", "1"),
-        ("dense", "4"),
-        ("pruned", "1"),
-        ("pruned", "4"),
+        (variant, batch) for variant in ("dense", "pruned", "dense int8", "pruned int8") for batch in ("1", "4")
     ]
 
 
@@ -120,12 +128,13 @@ def test_a_complete_run_prints_its_table_at_once(espalier: Any, run_directory: P
 
 
 def test_the_steps_alone(invoke: Any, run_directory: Path, tmp_path: Path) -> None:
-    exported = invoke("export", run_directory / "pruned", "--out", tmp_path / "again.onnx", "--json")
+    exported = invoke("export", run_directory / "pruned", "--out", tmp_path / "again", "--json")
     assert exported.exit_code == 0, exported.stderr
-    sha256 = json.loads(exported.stdout)["sha256"]
-    assert sha256 == manifest.read(run_directory / "artifacts").entry("pruned.fp32.onnx").sha256  # type: ignore[union-attr]
+    (entry,) = json.loads(exported.stdout)
+    assert entry["sha256"] == manifest.read(run_directory / "artifacts").entry("pruned.fp32.onnx").sha256  # type: ignore[union-attr]
 
-    first, second = run_directory / "artifacts" / "dense.fp32.onnx", tmp_path / "again.onnx"
+    first, second = run_directory / "artifacts" / "dense.fp32.onnx", Path(entry["path"])
+    assert second == tmp_path / "again" / "pruned.fp32.onnx"
     timed = invoke("bench", first, second, "--batch", "2", "--rounds", "2", "--seconds", "0.05", "--json")
     assert timed.exit_code == 0, timed.stderr
     found = json.loads(timed.stdout)

@@ -1,0 +1,21 @@
+"""The command-line application, and the options that its commands share."""
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="espalier",
+    help="Prune a trained vision network, train it back, export it, and prove with a clock that it is faster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Write JSON to stdout instead of tables.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Log everything, and show the traceback of an error.")]
+Trust = Annotated[
+    list[str] | None,
+    typer.Option(metavar="MODULE", help="Let the checkpoint's factory import this module; repeatable."),
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of one inference.  [default: PyTorch's number]")]
