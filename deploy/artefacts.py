@@ -127,12 +127,13 @@ def export_checkpoint(
             f"The calibration images of {samples.source} have shape {samples.images.shape[1:]}, but {directory} takes "
             f"{architecture.image_shape}: give data of that shape."
         )
+    model = checkpoint.load(directory, trust=trust)
     make_directory(folder)
     paths = []
     with TemporaryDirectory(prefix=".export.", dir=folder) as scratch:
         source = (folder if "fp32" in settings.precision else Path(scratch)) / artefact_name(name, "fp32", "any")
         export_onnx(
-            checkpoint.load(directory, trust=trust),
+            model,
             source,
             image_shape=architecture.image_shape,
             classes=architecture.classes,

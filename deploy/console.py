@@ -1,5 +1,6 @@
 """What the command line says and how it ends: logs and errors on stderr, results on stdout, exit codes 0, 1, 2, 130."""
 
+import errno
 import json
 import logging
 import sys
@@ -40,7 +41,7 @@ def command(*, debug: bool, advice: str = "") -> Iterator[None]:
             raise
         if debug:
             traceback.print_exception(error)
-        for sentence in str(error).splitlines():
+        for sentence in _sentences(error):
             say(f"error: {sentence}")
         raise typer.Exit(code) from None
 
@@ -87,6 +88,17 @@ def _log_on_stderr(debug: bool) -> Iterator[None]:
             logger.setLevel(level)
 
 
+def _is_full_disk(error: Exception) -> bool:
+    """A full disk is nobody's bug wherever it is met, in a scratch folder for one."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _sentences(error: Exception) -> list[str]:
+    if _is_full_disk(error):
+        return [f"Writing failed: {error}; free some space, in the folder for temporary files too, and try again."]
+    return str(error).splitlines()
+
+
 def _exit_code(error: Exception) -> int | None:
     """The exit code of an error raised on purpose; None for a bug, which shows its traceback."""
     # Imported here, as they bring torch: the command answers --help and usage errors without.
@@ -95,6 +107,6 @@ def _exit_code(error: Exception) -> int | None:
 
     if isinstance(error, InputError | HarnessInputError):
         return BAD_INPUT
-    if isinstance(error, WorkError | HarnessError):
+    if isinstance(error, WorkError | HarnessError) or _is_full_disk(error):
         return WORK_FAILED
     return None

@@ -78,7 +78,6 @@ def parity(run: Run) -> dict[str, Any]:
                 "largest_flip": found.largest_flip,
                 "tolerance": asdict(tolerance),
                 "accuracy": asdict(accuracy),
-                "runtime": runtime.description(),
             }
         logger.info(
             "%s: largest relative error %.2g, top class agrees on %.2f %%, accuracy of the file %.2f %%",

@@ -77,7 +77,7 @@ def _variant(run: Run, deployed: Deployed, outcomes: Outcomes) -> VariantResult:
     entries = {**outcomes["export"]["entries"], **outcomes["engine"]["entries"]}
     entry = entries[deployed.file.name]
     checked = outcomes["parity"][deployed.label]
-    runtime, accuracy = checked["runtime"], checked["accuracy"]
+    runtime, accuracy = outcomes["measure"]["runtimes"][deployed.label], checked["accuracy"]
     counts = outcomes["measure"]["counts"][deployed.variant]
     in_pytorch = outcomes["baseline" if deployed.variant == "dense" else "finetune"]["pytorch"]
     return VariantResult(

@@ -56,7 +56,9 @@ def time_artifacts(run: Run) -> dict[str, Any]:
             logger.info("timed at batch %d in %.0f s", batch_size, measurement.elapsed_s)
             for name, measured in measurement.variants.items():
                 measurements[name].append(BatchMeasurement.of(measured, measurement).model_dump(mode="json"))
+        runtimes = {name: session.description() for name, session in sessions.items()}
     return {
+        "runtimes": runtimes,
         "counts": {variant: _count(run.load(variant), run.data.image_shape) for variant in VARIANTS},
         "measurements": measurements,
         "environment": environment(),

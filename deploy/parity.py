@@ -223,7 +223,9 @@ class _AsModule(nn.Module):
         self._runtime = runtime
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(_infer(self._runtime, images)).to(images.device)
+        parts = images.split(self._runtime.largest_batch or len(images))
+        logits = np.concatenate([_infer(self._runtime, part) for part in parts])
+        return torch.from_numpy(logits.astype(np.float32, copy=False)).to(images.device)
 
 
 def _infer(runtime: Runtime, images: torch.Tensor) -> np.ndarray:

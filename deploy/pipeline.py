@@ -88,6 +88,7 @@ def _advance(recipe: Recipe, directory: RunDirectory, last: str) -> None:
     if directory.outcome("prune") is None:
         preflight.check(current)
     directory.record_recipe(current.recipe, _comment())
+    logger.info("runtime: %s", current.serving)
     for name, stage in STAGES.items():
         if directory.outcome(name) is None:
             logger.info("stage %s", name)
@@ -107,7 +108,6 @@ def _serving(recipe: Recipe, directory: RunDirectory) -> Serving:
     exported = directory.outcome("export")
     chosen = Serving.model_validate(exported["serving"]) if exported else serving.choose()
     chosen.require(recipe.export.precision)
-    logger.info("runtime: %s", chosen)
     return chosen
 
 

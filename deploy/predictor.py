@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from compress.errors import InputError, WorkError
-from deploy import manifest
 from deploy.choosing import Device, Kind, choose_artefact, describing_onnx
 from deploy.images import prepare, split_images
 from deploy.metadata import Metadata
@@ -141,19 +140,10 @@ def load(
         about = read_metadata(describing_onnx(path, listed=trusted_manifest))
         if len(opened.inputs) != 1:
             raise InputError(f"{path} takes {len(opened.inputs)} inputs, but images are one: give a classifier.")
-        return Predictor(path, about, opened, largest_batch=_largest_batch(path, trusted_manifest))
+        return Predictor(path, about, opened, largest_batch=opened.largest_batch or CHUNK)
     except BaseException:
         opened.close()
         raise
-
-
-def _largest_batch(path: Path, trusted_manifest: Path | None) -> int:
-    """Most images that the artefact takes at once."""
-    if path.suffix != ".plan":
-        return CHUNK
-    entry = manifest.read_file(trusted_manifest or path.parent / manifest.FILE_NAME).entry(path.name)
-    profiles = entry.engine.profiles if entry and entry.engine else {}
-    return min((profile.maximum[0] for profile in profiles.values()), default=CHUNK)
 
 
 def _device(device: str) -> Device:

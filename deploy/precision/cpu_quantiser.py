@@ -1,7 +1,7 @@
 """int8 for ONNX Runtime's CPU kernels, by ONNX Runtime's own quantiser: it knows which patterns its kernels fuse."""
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,7 @@ def quantise_for_cpu(model: onnx.ModelProto, ranges: Ranges, exclude: Collection
         name: TensorData(lowest=np.array(low, np.float32), highest=np.array(high, np.float32))
         for name, (low, high) in ranges.items()
     }
+    makers = {name: node.name for node in model.graph.node for name in node.output}
     quantiser = QDQQuantizer(
         model,
         per_channel=True,
@@ -80,7 +81,7 @@ def quantise_for_cpu(model: onnx.ModelProto, ranges: Ranges, exclude: Collection
     quantiser.quantize_model()
     quantiser.model.topological_sort()
     quantised: onnx.ModelProto = quantiser.model.model
-    _free_outputs(quantised.graph)
+    _free_outputs(quantised.graph, makers)
     return quantised
 
 
@@ -98,8 +99,13 @@ def sequence_arithmetic(graph: onnx.ModelProto) -> frozenset[str]:
     )
 
 
-def _free_outputs(graph: onnx.GraphProto) -> None:
-    """Take out the Q/DQ pair before each output of the graph, where nothing else reads from it."""
+def _free_outputs(graph: onnx.GraphProto, makers: Mapping[str, str]) -> None:
+    """Take out the Q/DQ pair before each output of the graph, where nothing else reads from it.
+
+    Args:
+        makers: name of each tensor -> name of the node that made it before quantisation. Where it is another one now, a
+            Relu or Clip between them has become the lower limit of the pair, which must stay.
+    """
     producers = {name: node for node in graph.node for name in node.output}
     uses = Counter(name for node in graph.node for name in node.input)
     for output in graph.output:
@@ -108,7 +114,8 @@ def _free_outputs(graph: onnx.GraphProto) -> None:
         if quantise is None or (quantise.op_type, dequantise.op_type) != ("QuantizeLinear", "DequantizeLinear"):
             continue
         maker = producers.get(quantise.input[0])
-        if maker is None or uses[quantise.input[0]] > 1 or uses[dequantise.input[0]] > 1 or uses[output.name]:
+        shared = uses[quantise.input[0]] > 1 or uses[dequantise.input[0]] > 1 or uses[output.name] > 0
+        if maker is None or maker.name != makers[output.name] or shared:
             continue
         maker.output[list(maker.output).index(quantise.input[0])] = output.name
         graph.node.remove(quantise)

@@ -50,7 +50,7 @@ def read_settings(*, precision: Sequence[str], calibration: str, **others: Any) 
         raise InputError(f"--precision names {', '.join(precision)}: name each once.")
     if calibration not in get_args(Calibration):
         raise InputError(f"--method is {calibration!r}, but must be one of {', '.join(get_args(Calibration))}.")
-    return ExportSettings(precision=tuple(precision), calibration=calibration, **others)  # type: ignore[arg-type]
+    return ExportSettings(precision=tuple(precision), calibration=calibration, **others)
 
 
 def read_targets(names: Sequence[str]) -> set[Target]:

@@ -31,6 +31,8 @@ class Runtime(ABC):
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    largest_batch: int | None = None
+    """Most images that one inference takes; None for any number."""
     _closed = False
 
     def run(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -81,6 +81,7 @@ class TensorRtRuntime(Runtime):
         self._tensors = read_tensors(self._trt, self._engine, self._path.name)
         self.inputs = self._tensors.inputs
         self.outputs = self._tensors.outputs
+        self.largest_batch = min(profile.maximum[0] for profile in self._tensors.profiles.values())
 
     def close(self) -> None:
         if not self._closed:

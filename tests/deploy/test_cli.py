@@ -1,5 +1,6 @@
 """The command line's own part: help, options, streams, exit codes. What the commands do is tested in tests/e2e."""
 
+import errno
 import json
 import logging
 import subprocess
@@ -81,6 +82,12 @@ def test_the_default_directory_carries_the_recipes_name(monkeypatch: pytest.Monk
         (HarnessInputError("No variants."), 2, "error: No variants.\n"),
         (WorkError("It diverged."), 1, "error: It diverged.\n"),
         (HarnessError("It died."), 1, "error: It died.\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/tmp/x"),
+            1,
+            "error: Writing failed: [Errno 28] No space left on device: '/tmp/x'; free some space, in the folder for "
+            "temporary files too, and try again.\n",
+        ),
         (KeyboardInterrupt(), 130, "interrupted: the same command goes on where it stopped.\n"),
     ],
 )

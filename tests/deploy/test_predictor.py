@@ -295,7 +295,9 @@ class TestRuns:
 
         def open_echo(path: Path, **options: Any) -> Runtime:
             opened.append((path, options))
-            return Echo()
+            runtime = Echo()
+            runtime.largest_batch = 3
+            return runtime
 
         monkeypatch.setattr("deploy.predictor.open_runtime", open_echo)
         plan = run.artifacts / "pruned.fp16.plan"

@@ -1,6 +1,8 @@
 """Bad input: exit code 2, one clear sentence that names the key or the file, no traceback, and nothing lost."""
 
+import errno
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +166,85 @@ def test_the_exit_code_of_the_process(espalier: Any, recipe_file: Path, out: Pat
     assert failed.returncode == 2
     assert failed.stdout == ""
     assert failed.stderr.count("\n") == 1
+
+
+class TestExport:
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            (("--precision", "fp64"), "--precision names 'fp64'"),
+            (("--precision", "int8"), "give --calibration DATA"),
+            (("--precision", "int8", "--calibration", "glyphs"), "have shape (3, 32, 32)"),
+            (("--precision", "int8", "--calibration", "digits", "--method", "guess"), "--method is 'guess'"),
+            (("--precision", "int8", "--calibration", "digits", "--target", "tpu"), "--target names 'tpu'"),
+            (("--precision", "fp8", "--calibration", "digits", "--target", "cpu"), "fp8 files are made for gpu alone"),
+            (("--precision", "int8", "--calibration", "digits", "--exclude", "conv9"), "conv9"),
+            (("--precision", "int8", "--calibration", "nonsense"), "nonsense"),
+        ],
+    )
+    def test_options(
+        self, invoke: Any, options: tuple[str, ...], words: str, run_directory: Path, tmp_path: Path
+    ) -> None:
+        result = invoke("export", run_directory / "pruned", "--out", tmp_path / "new", *options)
+        assert words in sentence(result)
+        assert not list(tmp_path.rglob("*.onnx"))
+
+    def test_calibration_data_of_a_wrong_type_and_none_at_all(
+        self, invoke: Any, run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "owndata.py").write_text(OWN_DATA)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        for function, words in (("bytes_", "give torch.uint8"), ("nothing", "give no batch of training images")):
+            result = invoke(
+                *("export", run_directory / "pruned", "--out", tmp_path / "new", "--precision", "int8"),
+                *("--calibration", f"owndata:{function}", "--trust", "owndata"),
+            )
+            assert words in sentence(result)
+
+    def test_a_missing_extra(
+        self, invoke: Any, run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "modelopt.onnx.autocast", None)
+        result = invoke("export", run_directory / "pruned", "--out", tmp_path, "--precision", "fp16")
+        assert "pip install 'espalier[quant]'" in sentence(result)
+        monkeypatch.setitem(sys.modules, "tritonclient.grpc", None)
+        result = invoke("triton", run_directory, "--name", "m", "--max-batch", "4", "--out", tmp_path)
+        assert "pip install 'espalier[triton]'" in sentence(result)
+
+    def test_a_full_disk(
+        self, invoke: Any, run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import onnx
+
+        def full(_: object, path: str, **__: object) -> None:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        command = ("export", run_directory / "pruned", "--out", tmp_path, "--precision", "fp32,int8")
+        assert invoke(*command, "--target", "cpu", "--calibration", "digits").exit_code == 0
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        monkeypatch.setattr(onnx, "save_model", full)
+        result = invoke(*command, "--target", "cpu", "--calibration", "digits", "--exclude", "fc3")
+        assert result.exit_code == 1
+        assert "No space left on device; free some space" in result.stderr.splitlines()[-1]
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+OWN_DATA = """\
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+
+def _pair(images):
+    loader = DataLoader(TensorDataset(images, torch.arange(len(images)) % 10), batch_size=8)
+    return loader
+
+
+def bytes_():
+    plain = torch.zeros(16, 1, 32, 32)
+    return _pair(plain.to(torch.uint8)), _pair(plain)
+
+
+def nothing():
+    return _pair(torch.zeros(0, 1, 32, 32)), _pair(torch.zeros(16, 1, 32, 32))
+"""
