@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--macs", type=float, default=0.5, help="fraction of the multiply-adds kept")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=224, help="image side in pixels")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
 
     images = torch.randn(options.batch, 3, options.size, options.size, generator=torch.Generator().manual_seed(0))
@@ -64,7 +64,8 @@ def main() -> None:
             baseline="dense fp32",
             rounds=options.rounds,
             min_seconds_per_round=1.0,
-            time_budget_s=900,
+            min_queries_per_round=5,
+            time_budget_s=600,
         )
         sizes = {name: file.stat().st_size for name, file in files.items()}
     cells = measured.variants

@@ -1,24 +1,31 @@
-"""Deployable files timed against each other, whatever they came from."""
+"""Deployable files and checkpoints timed against each other, whatever they came from."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 from rich import box
+from rich.console import RenderableType
 from rich.table import Table
 
 from benchmarks.harness import Measured, Variant, environment, measure, numerals
 from benchmarks.harness.statistics import Estimate, Speedup
+from compress import checkpoint
 from compress.errors import InputError
 from compress.progress import progress_bar
 from deploy.engine import SUFFIX as PLAN
 from deploy.measuring import bound, pool_batches, rotating, shown_on
-from deploy.runtimes import TensorSpec, open_runtime
+from deploy.runtimes import RUNTIMES, Runtime, open_runtime
+from deploy.runtimes.tensorrt import TensorRtRuntime
 
 FLOATS = ("float32", "float16", "bfloat16")
+
+PROFILED_RUNS = 20
+"""Inferences in which the layers of an engine are timed, one by one."""
 
 
 def bench(
@@ -29,37 +36,50 @@ def bench(
     seconds: float = 1.0,
     threads: int | None = None,
     device: str = "cpu",
-    runtime: str | None = None,
+    runtimes: Collection[str] = (),
     trusted_manifest: Path | None = None,
+    layers: bool = False,
+    trust: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Latency of each file and its speedup over the first, as JSON values.
+    """Latency of each artefact and its speedup over the first, as JSON values.
 
     The inputs are drawn from a standard normal distribution, which is what normalised images look like to arithmetic.
 
     Args:
-        device, runtime: as `open_runtime`, for all files.
+        artefacts: ONNX files, plans, and checkpoint directories, which run in PyTorch.
+        device: of all of them.
+        runtimes: names with options as `open_runtime` takes them, each for the artefacts that it executes.
         trusted_manifest: for plans, see `deploy.trust`.
+        layers: whether the layers of plans are timed too, in runs of their own.
+        trust: modules that a checkpoint's factory may import.
 
     Raises:
-        InputError: a file cannot be run, or the files take different inputs.
-        HarnessError: a file failed while it was timed.
+        InputError: an artefact cannot be run, or they take different inputs.
+        HarnessError: one failed while it was timed.
     """
+    chosen = _by_suffix(runtimes)
+    suffixes = {_suffix(path) for path in artefacts}
+    for suffix, text in chosen.items():
+        if suffix not in suffixes:
+            raise InputError(f"--runtime {text} executes none of the artefacts given: leave it out.")
+    if layers and PLAN not in suffixes:
+        raise InputError(f"--layers times the layers of TensorRT engines, and no {PLAN} file is given: leave it out.")
+
+    def opened_as_asked(path: Path) -> Runtime:
+        suffix = _suffix(path)
+        return open_runtime(
+            path if suffix is not None else checkpoint.load(path, trust=trust).to(device),
+            device=device,
+            threads=threads,
+            runtime=chosen.get(suffix),
+            trusted_manifest=trusted_manifest if suffix == PLAN else None,
+        )
+
     with ExitStack() as opened:
-        sessions = {
-            str(path): opened.enter_context(
-                open_runtime(
-                    path,
-                    device=device,
-                    threads=threads,
-                    runtime=runtime,
-                    trusted_manifest=trusted_manifest if path.suffix == PLAN else None,
-                )
-            )
-            for path in artefacts
-        }
+        sessions = {str(path): opened.enter_context(opened_as_asked(path)) for path in artefacts}
         if len(sessions) < len(artefacts):
             raise InputError("The same file is given twice: to time it against itself, give a copy of it.")
-        image_shape = _image_shape({name: session.inputs for name, session in sessions.items()})
+        image_shape = _common_shape({name: _image_shape(Path(name), it) for name, it in sessions.items()})
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(batch_size * pool_batches(batch_size, image_shape), *image_shape, generator=generator)
         with progress_bar(f"timing at batch {batch_size}", rounds) as bar:
@@ -71,19 +91,31 @@ def bench(
                 time_budget_s=max(60.0, 4 * seconds * rounds * len(sessions)),
                 on_round=shown_on(bar),
             )
-        runtimes = {name: session.description() for name, session in sessions.items()}
+        described = {name: session.description() for name, session in sessions.items()}
+        profiles = {
+            name: _layer_times(session, images[:batch_size])
+            for name, session in sessions.items()
+            if layers and isinstance(session, TensorRtRuntime)
+        }
     return {
         "batch_size": batch_size,
         "device": device,
         "inputs": "random, standard normal",
         "stopped_by": measurement.stopped_by,
-        "variants": [_record(measured, runtimes[name]) for name, measured in measurement.variants.items()],
+        "variants": [
+            _record(measured, described[name]) | {"layers_ms": profiles.get(name)}
+            for name, measured in measurement.variants.items()
+        ],
         "environment": environment(),
     }
 
 
-def table(found: dict[str, Any]) -> Table:
+def tables(found: dict[str, Any]) -> list[RenderableType]:
     """The outcome of `bench` for the terminal."""
+    return [_latencies(found), *(_layers(item) for item in found["variants"] if item["layers_ms"] is not None)]
+
+
+def _latencies(found: dict[str, Any]) -> Table:
     result = Table(
         title=f"{_runtimes(found)}, {found['device']}, batch {found['batch_size']}, random images",
         title_justify="left",
@@ -91,7 +123,7 @@ def table(found: dict[str, Any]) -> Table:
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
-    result.add_column("file", overflow="fold")
+    result.add_column("artefact", overflow="fold")
     for header in ("latency ms", "images/s", "speedup"):
         result.add_column(header, justify="right")
     for variant in found["variants"]:
@@ -110,15 +142,61 @@ def _runtimes(found: dict[str, Any]) -> str:
     return " and ".join(dict.fromkeys(names))
 
 
-def _image_shape(inputs: dict[str, tuple[TensorSpec, ...]]) -> list[int]:
-    """(C, H, W) that all files take."""
-    shapes: dict[str, list[int]] = {}
-    for name, specs in inputs.items():
-        sizes = [size for size in specs[0].shape[1:] if isinstance(size, int)]
-        if len(specs) != 1 or specs[0].dtype not in FLOATS or len(sizes) < len(specs[0].shape) - 1:
-            given = "; ".join(map(str, specs))
-            raise InputError(f"{name} takes {given}, but one floating-point input of fixed image size can be timed.")
-        shapes[name] = sizes
+def _layers(variant: dict[str, Any]) -> Table:
+    result = Table(
+        title=f"Layers of {variant['name']}, the slowest first",
+        title_justify="left",
+        caption=f"Median of {PROFILED_RUNS} runs of their own, layer by layer: their sum is not the latency.",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    result.add_column("layer", overflow="fold")
+    result.add_column("ms", justify="right")
+    for name, milliseconds in sorted(variant["layers_ms"].items(), key=lambda item: -item[1]):
+        result.add_row(name, f"{milliseconds:.4f}")
+    return result
+
+
+def _suffix(path: Path) -> str | None:
+    """By which a runtime is chosen; None for a checkpoint directory, which is a module."""
+    return None if path.is_dir() else path.suffix
+
+
+def _by_suffix(texts: Collection[str]) -> dict[str | None, str]:
+    """Each runtime that was asked for, under the suffix of the files that it executes."""
+    chosen: dict[str | None, str] = {}
+    for text in texts:
+        name = text.partition(":")[0]
+        if name not in RUNTIMES:
+            raise InputError(f"There is no runtime {name!r}; choose one of {', '.join(RUNTIMES)}.")
+        suffix = RUNTIMES[name].suffix
+        if suffix in chosen:
+            raise InputError(f"--runtime {chosen[suffix]} and --runtime {text} are for the same files: give one.")
+        chosen[suffix] = text
+    return chosen
+
+
+def _layer_times(runtime: TensorRtRuntime, images: torch.Tensor) -> dict[str, float]:
+    """Layer -> median milliseconds."""
+    spec = runtime.inputs[0]
+    times = runtime.profile({spec.name: images.numpy().astype(spec.dtype)}, runs=PROFILED_RUNS)
+    return {layer: median(values) for layer, values in times.items()}
+
+
+def _image_shape(path: Path, runtime: Runtime) -> list[int]:
+    """(C, H, W) that an artefact takes."""
+    if path.is_dir():
+        return list(checkpoint.Architecture.read(path).image_shape)
+    specs = runtime.inputs
+    sizes = [size for size in specs[0].shape[1:] if isinstance(size, int)]
+    if len(specs) != 1 or specs[0].dtype not in FLOATS or len(sizes) < len(specs[0].shape) - 1:
+        given = "; ".join(map(str, specs))
+        raise InputError(f"{path} takes {given}, but one floating-point input of fixed image size can be timed.")
+    return sizes
+
+
+def _common_shape(shapes: Mapping[str, list[int]]) -> list[int]:
+    """(C, H, W) that all artefacts take."""
     first, *others = shapes
     for other in others:
         if shapes[other] != shapes[first]:

@@ -155,7 +155,8 @@ def engine(
 @app.command()
 def bench(
     artefacts: Annotated[
-        list[Path], typer.Argument(help="ONNX files or plans; the first is the baseline.", metavar="A.onnx B.onnx")
+        list[Path],
+        typer.Argument(help="ONNX files, plans or checkpoints; the first is the baseline.", metavar="A.onnx B.onnx"),
     ],
     batch: Annotated[int, typer.Option(min=1, help="Images per query.")] = 1,
     rounds: Annotated[int, typer.Option(min=2, help="Interleaved rounds.")] = 10,
@@ -163,14 +164,16 @@ def bench(
     threads: Threads = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     runtime: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="What runs the files, NAME or NAME:option=value, such as onnxruntime:provider=tensorrt.  "
-            "[default: ONNX Runtime, TensorRT for plans]",
+            help="What runs the artefacts, NAME or NAME:option=value, such as onnxruntime:provider=tensorrt or "
+            "pytorch:compile=true; repeatable for other kinds of artefacts.",
             metavar="NAME",
         ),
     ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Time the layers of plans too.")] = False,
     trust_manifest: TrustedManifest = None,
+    trust: Trust = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -185,13 +188,15 @@ def bench(
             seconds=seconds,
             threads=threads,
             device=device,
-            runtime=runtime,
+            runtimes=runtime or (),
             trusted_manifest=trust_manifest,
+            layers=layers,
+            trust=trust or (),
         )
         if json:
             emit(found)
         else:
-            show(benching.table(found))
+            show(*benching.tables(found))
 
 
 @app.command()

@@ -12,6 +12,8 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from benchmarks.harness import environment
+from deploy.runtimes.ort_providers import installed_tensorrt
+from deploy.tensorrt_binding import supported
 
 CORE = ("espalier", "torch", "torchvision", "accelerate", "onnx", "onnxscript", "safetensors", "torch-pruning")
 OLDEST_PYTHON = (3, 11)
@@ -81,6 +83,8 @@ def tables(found: dict[str, Any]) -> list[RenderableType]:
 
 
 def _version(library: str) -> str | None:
+    if library == "tensorrt":  # it has a distribution for each CUDA, too
+        return installed_tensorrt()
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
@@ -126,6 +130,16 @@ def _problems(versions: dict[str, str | None]) -> Iterator[str]:
         yield (
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: run pip uninstall "
             "onnxruntime onnxruntime-gpu, then install espalier[cpu] or espalier[gpu]."
+        )
+    tensorrt = versions["tensorrt"]
+    if tensorrt is not None and not supported(tensorrt):
+        yield (
+            f"TensorRT {tensorrt} is installed, which engines are not built with: run pip install 'espalier[tensorrt]'."
+        )
+    elif tensorrt is not None and versions["onnxruntime-gpu"] is not None and not tensorrt.startswith("10."):
+        yield (
+            f"TensorRT {tensorrt} is installed, but onnxruntime-gpu links TensorRT 10: its TensorRT provider does not "
+            "start beside it; espalier's own engines do."
         )
     if not both:
         yield "no ONNX Runtime is installed, so espalier run cannot begin: run pip install 'espalier[cpu]'."

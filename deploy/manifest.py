@@ -16,6 +16,9 @@ from deploy.tensor_spec import TensorSpec
 
 FILE_NAME = "manifest.json"
 
+OPTIONAL_TOOLS = ("onnxruntime", "onnxruntime-gpu", "nvidia-modelopt", "tensorrt")
+"""Libraries that write artefacts of some kinds and need not be installed."""
+
 # A plain name: an entry must not reach out of the manifest's folder.
 FileName = Annotated[str, StringConstraints(pattern=r"^[^./\\\x00][^/\\\x00]*$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -212,9 +215,10 @@ def _describe(directory: Path, file: str) -> File:
 def tool_versions() -> dict[str, str]:
     """Versions of Espalier and of the libraries that write artefacts."""
     versions = {}
-    for tool in ("espalier", "torch", "onnx", "onnxscript"):
+    for tool in ("espalier", "torch", "onnx", "onnxscript", *OPTIONAL_TOOLS):
         try:
             versions[tool] = version(tool)
-        except PackageNotFoundError:  # espalier, where it runs from a source tree that was never installed
-            versions[tool] = "unknown"
+        except PackageNotFoundError:
+            if tool not in OPTIONAL_TOOLS:  # espalier, where it runs from a source tree that was never installed
+                versions[tool] = "unknown"
     return versions

@@ -43,13 +43,18 @@ def import_tensorrt(purpose: str) -> ModuleType:
         import tensorrt as trt
     except ImportError as error:
         raise MissingExtraError("tensorrt", "tensorrt", purpose) from error
-    if not OLDEST <= version_numbers(trt.__version__) < FIRST_UNKNOWN:
+    if not supported(trt.__version__):
         oldest = ".".join(map(str, OLDEST))
         raise InputError(
             f"{purpose} needs TensorRT from {oldest} up to, but without, {FIRST_UNKNOWN[0]}, and {trt.__version__} is "
             f"installed: run pip install 'tensorrt>={oldest},<{FIRST_UNKNOWN[0]}'."
         )
     return trt
+
+
+def supported(version: str) -> bool:
+    """Whether this code is for that version of TensorRT."""
+    return OLDEST <= version_numbers(version) < FIRST_UNKNOWN
 
 
 def version_numbers(version: str) -> tuple[int, ...]:

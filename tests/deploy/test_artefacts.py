@@ -93,13 +93,22 @@ def test_every_file_is_valid_and_takes_any_batch(written: Path) -> None:
         assert graph.output[0].type.tensor_type.shape.dim[0].dim_param == "batch"
 
 
-@pytest.mark.parametrize("name", ["net.fp16.onnx", "net.int8.cpu.onnx"])
-def test_other_precisions_compute_nearly_the_same(name: str, written: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "largest"),
+    [("net.fp16.onnx", 1e-3), ("net.int8.cpu.onnx", 0.1), ("net.int8.gpu.onnx", 0.1), ("net.fp8.gpu.onnx", 0.2)],
+)
+def test_other_precisions_compute_nearly_the_same(name: str, largest: float, written: Path) -> None:
     images = next(iter(loaded().test))[0].numpy()
-    with open_runtime(written / "net.fp32.onnx") as exact, open_runtime(written / name) as other:
+    with (
+        open_runtime(written / "net.fp32.onnx") as exact,
+        open_runtime(written / name, for_verification=True) as other,
+    ):
         expected = exact.run({"images": images})["logits"]
         actual = other.run({"images": images})["logits"]
-    assert 0 < np.abs(actual - expected).max() < 0.1 * np.abs(expected).max()
+        described = other.description()
+    assert 0 < np.abs(actual - expected).max() < largest * np.abs(expected).max()
+    assert described["numbers_only"] is name.endswith(".gpu.onnx")
+    assert described["graph_optimization"] == ("basic" if described["numbers_only"] else "all")
 
 
 def test_fp32_is_written_only_where_it_is_asked_for(network: Path, tmp_path: Path) -> None:

@@ -59,6 +59,29 @@ def test_both_onnx_runtimes(installed: dict[str, str]) -> None:
     assert "overwrite each other" in problem
 
 
+@pytest.mark.parametrize(
+    ("version", "beside", "words"),
+    [
+        ("10.3.0", None, "TensorRT 10.3.0 is installed, which engines are not built with"),
+        ("12.0.1", None, "TensorRT 12.0.1 is installed, which engines are not built with"),
+        ("11.4.0.106", "1.31.1", "onnxruntime-gpu links TensorRT 10"),
+    ],
+)
+def test_tensorrt(installed: dict[str, str], version: str, beside: str | None, words: str) -> None:
+    installed["tensorrt"] = version
+    if beside is not None:
+        del installed["onnxruntime"]
+        installed["onnxruntime-gpu"] = beside
+    (problem,) = doctor.examine()["problems"]
+    assert words in problem
+
+
+@pytest.mark.parametrize("version", ["10.12.0.36", "10.16.1.11", "11.4.0.106"])
+def test_a_supported_tensorrt_is_no_problem(installed: dict[str, str], version: str) -> None:
+    installed["tensorrt"] = version
+    assert doctor.examine()["problems"] == []
+
+
 def test_not_installed(installed: dict[str, str]) -> None:
     del installed["espalier"]
     (problem,) = doctor.examine()["problems"]

@@ -168,6 +168,28 @@ def test_the_exit_code_of_the_process(espalier: Any, recipe_file: Path, out: Pat
     assert failed.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--runtime", "openvino"), "There is no runtime 'openvino'"),
+        (("--runtime", "pytorch:compile=true"), "executes none of the artefacts given"),
+        (("--runtime", "onnxruntime", "--runtime", "onnxruntime:provider=cpu"), "are for the same files: give one"),
+        (("--runtime", "onnxruntime:provider=npu"), "npu"),
+        (("--layers",), "no .plan file is given"),
+        (("--device", "cuda"), "PyTorch finds no CUDA GPU"),
+    ],
+)
+def test_bench_options(invoke: Any, options: tuple[str, ...], words: str, run_directory: Path) -> None:
+    assert words in sentence(invoke("bench", run_directory / "artifacts" / "pruned.fp32.onnx", *options))
+
+
+def test_int8_made_for_gpus_is_not_timed_on_the_cpu(invoke: Any, run_directory: Path, tmp_path: Path) -> None:
+    command = ("export", run_directory / "pruned", "--precision", "int8", "--target", "gpu", "--out", tmp_path)
+    assert invoke(*command, "--calibration", "digits", "--samples", "16").exit_code == 0
+    said = sentence(invoke("bench", tmp_path / "pruned.int8.gpu.onnx"))
+    assert "--target cpu" in said
+
+
 class TestExport:
     @pytest.mark.parametrize(
         ("options", "words"),

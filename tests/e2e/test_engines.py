@@ -109,6 +109,9 @@ def test_engine_and_bench(invoke: Any, plan: Path) -> None:
     assert timed.exit_code == 0, timed.stderr
     (variant,) = json.loads(timed.stdout)["variants"]
     assert variant["runtime"]["cuda_graph"] == "captured"
+    layered = invoke("bench", plan, "--device", "cuda", "--rounds", "2", "--seconds", "0.01", "--layers")
+    assert layered.exit_code == 0, layered.stderr
+    assert "Layers of" in layered.stdout
     shown = invoke("inspect", plan)
     assert shown.exit_code == 0
     for expected in ("NVIDIA H200, compute capability 9.0", "images: 1x1x32x32 to 8x1x32x32, fastest at 4x1x32x32"):

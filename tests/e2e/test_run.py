@@ -141,6 +141,16 @@ def test_the_steps_alone(invoke: Any, run_directory: Path, tmp_path: Path) -> No
     assert [variant["name"] for variant in found["variants"]] == [str(first), str(second)]
     assert found["variants"][1]["speedup"]["baseline"] == str(first)
 
+    in_pytorch = run_directory / "baseline"
+    timed = invoke(
+        *("bench", in_pytorch, first, "--runtime", "pytorch:channels_last=true", "--rounds", "2"),
+        *("--seconds", "0.05", "--json"),
+    )
+    assert timed.exit_code == 0, timed.stderr
+    described = [variant["runtime"] for variant in json.loads(timed.stdout)["variants"]]
+    assert [runtime["runtime"] for runtime in described] == ["pytorch", "onnxruntime"]
+    assert described[0]["channels_last"] is True
+
     copy = shutil.copytree(run_directory, tmp_path / "copy")
     (copy / "report.html").unlink()
     (copy / "results.csv").unlink()

@@ -1,4 +1,4 @@
-"""All precisions of networks that people use, with random weights."""
+"""All precisions of networks that people use, dense and pruned to half their MACs, with random weights."""
 
 from pathlib import Path
 
@@ -7,8 +7,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
-from compress import models
+from compress import Budget, Pruner, models
 from deploy.export import export_onnx
 from deploy.onnx_file import read_onnx
 from deploy.precision import Precision, Target
@@ -33,16 +34,24 @@ def images(shape: tuple[int, ...], seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((32, *shape)).astype(np.float32)
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+@pytest.fixture(scope="module", params=[(name, kept) for name in NETWORKS for kept in (1.0, 0.5)], ids=str)
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    name, kept = request.param
     torch.manual_seed(0)
-    model = models.build(request.param)
+    model = models.build(name)
     model.train()
+    if kept < 1:
+        pruner = Pruner(
+            model, torch.zeros(2, *NETWORKS[name]), budget=Budget(macs=kept), events=1, interval=1, round_to=8
+        )
+        batch = torch.from_numpy(images(NETWORKS[name], 9)[:8])
+        cross_entropy(model(batch), torch.arange(8)).backward()
+        pruner.step()
     with torch.no_grad():  # statistics of the batch normalisations that fit the images
         for seed in range(3):
-            model(torch.from_numpy(images(NETWORKS[request.param], seed)))
+            model(torch.from_numpy(images(NETWORKS[name], seed)))
     folder = tmp_path_factory.mktemp("network")
-    return export_onnx(model.eval(), folder / f"{request.param}.onnx", image_shape=NETWORKS[request.param])
+    return export_onnx(model.eval(), folder / f"{name}.onnx", image_shape=NETWORKS[name])
 
 
 def shape(source: Path) -> tuple[int, ...]:
