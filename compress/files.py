@@ -1,5 +1,6 @@
 """Writing files so that a kill at any moment leaves either the old file or the new one, never half of it."""
 
+import errno
 import hashlib
 import json
 import os
@@ -38,6 +39,19 @@ def replacing(path: Path) -> Iterator[Path]:
         raise WorkError(f"Writing {path} failed: {error.strerror or error}; free some space and try again.") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether there was no space left, or none that the user may fill."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def failed_write(path: Path, error: OSError) -> InputError | WorkError:
+    """The error to raise for a write that failed: a full disk is nobody's mistake, everything else is the place."""
+    reason = error.strerror or error
+    if is_full_disk(error):
+        return WorkError(f"Writing {path} failed: {reason}; free some space and try again.")
+    return InputError(f"Cannot write {path}: {reason}; choose a directory you can write.")
 
 
 def write_text(path: Path, text: str) -> None:

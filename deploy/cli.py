@@ -20,7 +20,7 @@ RUNS = Path("runs")
 RecipePath = Annotated[
     Path | None, typer.Argument(metavar="RECIPE.yaml", help="What to do; the built-in recipe if not given.")
 ]
-Out = Annotated[Path | None, typer.Option(help="Run directory.  [default: runs/NAME of the recipe]", metavar="DIR")]
+Out = Annotated[Path | None, typer.Option(help="Run directory.  \\[default: runs/NAME of the recipe]", metavar="DIR")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, such as prune.events=5; repeatable."),
@@ -89,21 +89,23 @@ def correlate(
     criteria: Annotated[
         str | None,
         typer.Option(
-            help="Criteria, NAME or NAME:option=value, with commas between.  [default: all that fit the network and "
+            help="Criteria, NAME or NAME:option=value, with commas between.  \\[default: all that fit the network and "
             "cost less than the oracle]",
             metavar="A,B,C",
         ),
     ] = None,
     batches: Annotated[int, typer.Option(min=1, help="Minibatches on which everything is measured.")] = 16,
     batch_size: Annotated[int, typer.Option(min=2, help="Images in a minibatch.")] = 64,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Side in pixels.  [default: the checkpoint's]")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Side in pixels.  \\[default: the checkpoint's]")
+    ] = None,
     reduction: Annotated[
         str, typer.Option(help="The oracle's average over minibatches: squared, absolute or signed change of loss.")
     ] = "squared",
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of images and of the bootstrap.")] = 0,
     out: Annotated[
         Path | None,
-        typer.Option(help="Directory to write.  [default: correlation beside the checkpoint]", metavar="DIR"),
+        typer.Option(help="Directory to write.  \\[default: correlation beside the checkpoint]", metavar="DIR"),
     ] = None,
     trust: Trust = None,
     json: Json = False,
@@ -155,11 +157,11 @@ def report(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Checkpoint directory, ONNX file or run directory.", metavar="PATH")],
+    path: Annotated[Path, typer.Argument(help="Checkpoint directory, ONNX file, plan or run directory.", metavar="PATH")],
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a checkpoint, an ONNX file or a run directory holds, and check its hashes."""
+    """Show what a checkpoint, an ONNX file, a plan or a run directory holds, and check its hashes."""
     with command(debug=debug):
         from deploy import inspection
 

@@ -12,7 +12,7 @@ TrustedManifest = Annotated[
     Path | None,
     typer.Option(
         metavar="MANIFEST",
-        help="A manifest.json that you trust: plans listed in it may be executed.  [default: only plans built here]",
+        help="A manifest.json that you trust: plans listed in it may be executed.  \\[default: only plans built here]",
     ),
 ]
 
@@ -51,7 +51,7 @@ def export(
     ] = None,
     fp32_io: Annotated[bool, typer.Option("--fp32-io", help="fp16 and bf16 files take and give fp32.")] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write.  [default: artifacts beside the checkpoint]", metavar="DIR")
+        Path | None, typer.Option(help="Folder to write.  \\[default: artifacts beside the checkpoint]", metavar="DIR")
     ] = None,
     trust: Trust = None,
     json: Json = False,
@@ -103,12 +103,12 @@ def engine(
         str, typer.Option(help="Smallest, usual and largest batch that the engine takes.", metavar="MIN:OPT:MAX")
     ],
     out: Annotated[
-        Path | None, typer.Option(help="File to write.  [default: MODEL.plan beside the ONNX file]", metavar="FILE")
+        Path | None, typer.Option(help="File to write.  \\[default: MODEL.plan beside the ONNX file]", metavar="FILE")
     ] = None,
     workspace: Annotated[
         str | None,
         typer.Option(
-            help="Most GPU memory that one layer may use, such as 512MiB or 4GiB.  [default: all]", metavar="SIZE"
+            help="Most GPU memory that one layer may use, such as 512MiB or 4GiB.  \\[default: all]", metavar="SIZE"
         ),
     ] = None,
     opt_level: Annotated[int, typer.Option(min=0, max=5, help="0 builds fastest, 5 searches longest.")] = 3,
@@ -249,13 +249,13 @@ def triton(
     artefact: Annotated[
         str | None,
         typer.Option(
-            help="File of RUN_DIR/artifacts to serve.  [default: the pruned network's engine, else its fastest file]",
+            help="File of RUN_DIR/artifacts to serve.  \\[default: the pruned network's engine, else its fastest file]",
             metavar="FILE",
         ),
     ] = None,
     instances: Annotated[int, typer.Option(min=1, help="Copies of the model that run at once on each device.")] = 1,
     out: Annotated[
-        Path | None, typer.Option(help="Model repository to write.  [default: RUN_DIR/triton]", metavar="DIR")
+        Path | None, typer.Option(help="Model repository to write.  \\[default: RUN_DIR/triton]", metavar="DIR")
     ] = None,
     json: Json = False,
     debug: Debug = False,

@@ -1,6 +1,5 @@
 """What the command line says and how it ends: logs and errors on stderr, results on stdout, exit codes 0, 1, 2, 130."""
 
-import errno
 import json
 import logging
 import sys
@@ -88,13 +87,10 @@ def _log_on_stderr(debug: bool) -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _is_full_disk(error: Exception) -> bool:
-    """A full disk is nobody's bug wherever it is met, in a scratch folder for one."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
 def _sentences(error: Exception) -> list[str]:
-    if _is_full_disk(error):
+    from compress.files import is_full_disk
+
+    if is_full_disk(error):  # nobody's bug wherever it is met, in a scratch folder for one
         return [f"Writing failed: {error}; free some space, in the folder for temporary files too, and try again."]
     return str(error).splitlines()
 
@@ -104,9 +100,10 @@ def _exit_code(error: Exception) -> int | None:
     # Imported here, as they bring torch: the command answers --help and usage errors without.
     from benchmarks.harness.errors import HarnessError, HarnessInputError
     from compress.errors import InputError, WorkError
+    from compress.files import is_full_disk
 
     if isinstance(error, InputError | HarnessInputError):
         return BAD_INPUT
-    if isinstance(error, WorkError | HarnessError) or _is_full_disk(error):
+    if isinstance(error, WorkError | HarnessError) or is_full_disk(error):
         return WORK_FAILED
     return None

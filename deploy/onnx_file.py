@@ -1,6 +1,5 @@
 """ONNX files: reading without trusting them, checking, and writing so that a kill leaves the old or the new one."""
 
-import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -10,7 +9,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from compress.errors import InputError, WorkError, first_line
-from compress.files import make_directory, replacing
+from compress.files import failed_write, make_directory, replacing
 from deploy.metadata import Metadata, decode, lacking
 from deploy.tensor_spec import TensorSpec
 
@@ -120,10 +119,7 @@ def writing(path: Path, *, external: bool) -> Iterator[Path]:
             if not external:
                 data_path.unlink(missing_ok=True)
     except OSError as error:
-        reason = error.strerror or error
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise WorkError(f"Writing {path} failed: {reason}; free some space and try again.") from error
-        raise InputError(f"Cannot write {path}: {reason}; choose a directory you can write.") from error
+        raise failed_write(path, error) from error
 
 
 def external_name(path: Path) -> str:

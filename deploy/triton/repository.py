@@ -1,6 +1,5 @@
 """The folder of one model: configuration, labels, warm-up sample, the artefact, and what builds an engine again."""
 
-import errno
 import re
 import shlex
 import shutil
@@ -11,8 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-from compress.errors import InputError, WorkError
-from compress.files import make_directory
+from compress.errors import InputError
+from compress.files import failed_write, make_directory
 from deploy.choosing import Choice, choose_artefact, describing_onnx
 from deploy.onnx_file import read_metadata
 from deploy.run_directory import RunDirectory
@@ -195,10 +194,7 @@ def _replacing(target: Path) -> Iterator[Path]:
                 target.rename(Path(scratch) / "old")  # and goes with the scratch folder
             fresh.rename(target)
     except OSError as error:
-        reason = error.strerror or error
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise WorkError(f"Writing {target} failed: {reason}; free some space and try again.") from error
-        raise InputError(f"Cannot write {target}: {reason}; choose a directory you can write.") from error
+        raise failed_write(target, error) from error
 
 
 def _is_ours(target: Path) -> bool:

@@ -15,21 +15,8 @@ from benchmarks.harness import HarnessError, HarnessInputError
 from compress.errors import InputError, WorkError
 from deploy import pipeline
 from deploy.cli import app
+from deploy.cli_app import COMMANDS
 from deploy.console import command
-
-COMMANDS = {
-    "run",
-    "prune",
-    "export",
-    "engine",
-    "triton",
-    "compare",
-    "bench",
-    "correlate",
-    "report",
-    "inspect",
-    "doctor",
-}
 
 
 def invoke(*arguments: str) -> Result:
@@ -44,9 +31,10 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 
 
 def test_every_command_has_help() -> None:
-    assert {item.name or item.callback.__name__ for item in app.registered_commands if item.callback} == COMMANDS
+    assert {item.name or item.callback.__name__ for item in app.registered_commands if item.callback} == set(COMMANDS)
     for name in COMMANDS:
         assert invoke(name, "--help").exit_code == 0
+    assert "[default: runs/NAME of the recipe]" in " ".join(invoke("run", "--help").stdout.replace("│", " ").split())
 
 
 def test_help_does_not_wait_for_torch() -> None:
