@@ -157,7 +157,9 @@ def report(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Checkpoint directory, ONNX file, plan or run directory.", metavar="PATH")],
+    path: Annotated[
+        Path, typer.Argument(help="Checkpoint directory, ONNX file, plan or run directory.", metavar="PATH")
+    ],
     json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -148,8 +148,8 @@ class Parity:
             raise WorkError(
                 f"The artefact does not compute what the model does: at batch {batch.batch_size} {excess} and the top "
                 f"class agrees on {batch.top1_agreement:.2f} % of {batch.samples} samples; export it again from the "
-                "same weights, and look for the first layer that diverges, or for an operation that depends on the "
-                "batch or on randomness."
+                "same weights, find the first layer that diverges with espalier compare --first-layer, and look for an "
+                "operation that depends on the batch or on randomness."
             )
 
 

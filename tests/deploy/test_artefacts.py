@@ -14,6 +14,7 @@ from compress.errors import InputError
 from deploy import manifest
 from deploy.artefacts import Samples, artefact_name, calibration_samples, export_checkpoint, targets
 from deploy.onnx_file import read_metadata
+from deploy.precision.exclusion import Exclusion
 from deploy.precision.settings import ExportSettings, read_settings, read_targets
 from deploy.runtimes import open_runtime
 
@@ -126,6 +127,34 @@ def test_layers_to_exclude_are_recorded_and_stay_in_floating_point(network: Path
     )
     assert entry.quantisation is not None
     assert entry.quantisation.excluded == ("conv1",)
+
+
+def test_the_layers_that_the_search_leaves_out_are_recorded(
+    network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, object]] = []
+
+    def found(source: Path, **options: object) -> Exclusion:
+        asked.append({"source": source.name, **options})
+        return Exclusion(("fc",), ("conv1", "fc"), 90.0, 89.9, {"fc": 1.0}, ((0, 80.0), (1, 89.9)))
+
+    monkeypatch.setattr("deploy.artefacts.least_exclusion", found)
+    settings = ExportSettings(precision=("int8",), exclude=("conv1",), max_drop=0.5)
+    samples = calibration_samples(loaded(), 8)
+    (entry,) = export_checkpoint(network, tmp_path, name="net", settings=settings, wanted={"cpu"}, samples=samples)
+    (options,) = asked
+    assert (options["precision"], options["target"], options["max_drop"]) == ("int8", "cpu", 0.5)
+    assert (options["exclude"], options["loader"]) == (("conv1",), samples.test)
+    assert entry.quantisation is not None
+    assert set(entry.quantisation.excluded) == {"conv1", "fc"}
+
+
+def test_a_drop_that_is_met_at_once_leaves_nothing_out(network: Path, tmp_path: Path) -> None:
+    settings = ExportSettings(precision=("int8",), max_drop=100)
+    samples = calibration_samples(loaded(), 8)
+    (entry,) = export_checkpoint(network, tmp_path, name="net", settings=settings, wanted={"cpu"}, samples=samples)
+    assert entry.quantisation is not None
+    assert entry.quantisation.excluded == ()
 
 
 class TestBadInput:

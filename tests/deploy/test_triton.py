@@ -13,6 +13,7 @@ from made_runs import GPU, MadeRun
 
 from compress.errors import InputError, MissingExtraError, WorkError
 from deploy import manifest, triton
+from deploy.engine_settings import BuilderSettings
 from deploy.tensor_spec import TensorSpec
 from deploy.triton import repository
 from deploy.triton.batching import Batching, batching
@@ -204,7 +205,8 @@ class TestPlan:
         assert (written.model / "1" / "model.plan").read_bytes() == b"built"
 
     def test_the_script_names_what_built_the_engine(self, run: MadeRun) -> None:
-        run.add_plan(run.add_onnx("pruned.fp16.onnx", precision="fp16"))
+        settings = BuilderSettings(tf32=True).model_dump(mode="json")
+        run.add_plan(run.add_onnx("pruned.fp16.onnx", precision="fp16"), settings=settings)
         script = triton.write_repository(run.root, name="m", max_batch=16).model / "rebuild" / "rebuild.sh"
         assert f"TensorRT 10.16.1.11, {GPU}, compute capability 9.0" in script.read_text()
         command = "espalier engine pruned.fp16.onnx --batch 1:8:32 --opt-level 3 --tf32 && mv pruned.fp16.plan ../1/"
