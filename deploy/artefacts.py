@@ -171,11 +171,13 @@ def _convert(
             samples=None if samples is None else samples.images,
             exclude=settings.exclude,
         )
-        logger.info("%s: %d layers stay in fp32", path.name, len(kept))
+        if kept:
+            logger.info("%s: %d layers stay in fp32", path.name, len(kept))
     else:
         assert samples is not None  # asked for before
         quantisation = _quantise(source, scratch, precision, target, settings, samples)
-        logger.info("%s: %d layers left out", path.name, len(quantisation.excluded))
+        if quantisation.excluded:
+            logger.info("%s: left out: %s", path.name, ", ".join(quantisation.excluded))
     model = load_onnx(scratch)
     about = read_metadata(source)
     changes = {"precision": precision, "target": target, "quantisation": quantisation}

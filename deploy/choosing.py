@@ -135,7 +135,8 @@ def _best(
     timed = [(entry, variant) for entry, variant in timings if variant is not None]
     if timed:
         entry, variant = max(timed, key=lambda pair: images_per_second(pair[1]))
-        return entry, variant, f"of the pruned network's {what} that were timed, it is the fastest"
+        accuracy = f", with a top-1 of {variant.accuracy.top1_percent.value:.2f} %" if variant.accuracy else ""
+        return entry, variant, f"of the pruned network's {what} that were timed, it is the fastest{accuracy}"
     if engines:
         last = max(engines, key=lambda entry: entry.created)
         return last, None, "of the pruned network's engines, none of them timed, it was built last"

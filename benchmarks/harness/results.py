@@ -162,7 +162,9 @@ class Results(Record):
     training: dict[str, list[dict[str, float | int | None]]] = Field(
         description="Per phase, one record per epoch; units in the keys."
     )
-    provenance: dict[str, JsonValue] = Field(description="Where it came from: command, checkpoints, versions.")
+    provenance: dict[str, JsonValue] = Field(
+        description="Where it came from: command, checkpoints, versions, and why this runtime."
+    )
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:

@@ -125,6 +125,12 @@ def test_the_headline_claims_no_more_than_was_measured(results, change, words):
     assert words in headline(document, compared(document)).replace("\N{NO-BREAK SPACE}", " ")
 
 
+def test_the_reason_for_the_runtime_is_given_where_it_is_known(results, page):
+    assert "Runtime:" not in Page(page).text
+    told = results.model_copy(update={"provenance": {"runtime": "TensorRT on the GPU, because <both> are present"}})
+    assert "Runtime: TensorRT on the GPU, because <both> are present." in Page(report_html(told)).text
+
+
 def test_every_number_of_the_table_stands_on_the_page(page):
     text = Page(page).text
     for piece in ("272.5 k", "20.28 M", "[97.2, 99.6]", "0.391", "[0.390, 0.393]", "1.94× faster", "16 → 8"):
