@@ -97,7 +97,8 @@ def export_checkpoint(
         name: first part of the files' names.
         settings: None writes fp32 alone.
         wanted: targets of quantised files.
-        samples: needed for int8 and fp8.
+        samples: needed for int8 and fp8; with them fp16 and bf16 also keep layers in fp32 whose activations turn out
+            too large.
         trust: modules that may be imported to build the network, see `compress.checkpoint.load`.
 
     Returns:

@@ -11,7 +11,7 @@ from deploy.artefacts import Samples, calibration_samples, export_checkpoint
 from deploy.engine import build_engine
 from deploy.engine_settings import BatchRange
 from deploy.parity import TOLERANCES, Tolerance, check_parity, evaluate_runtime
-from deploy.precision import QUANTISED, Precision
+from deploy.precision import Precision
 from deploy.stages import TRUST_ALL, VARIANTS, Run, sample_images
 
 logger = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 def export(run: Run) -> dict[str, Any]:
     """Write both networks as ONNX files in every precision, and enter them in `artifacts/manifest.json`."""
     settings = run.recipe.export
-    samples = _calibration(run) if QUANTISED & set(settings.precision) else None
+    samples = _calibration(run) if set(settings.precision) != {"fp32"} else None
     entries: dict[str, Any] = {}
     for variant in VARIANTS:
         written = export_checkpoint(

@@ -112,6 +112,24 @@ def test_other_precisions_compute_nearly_the_same(name: str, largest: float, wri
     assert described["graph_optimization"] == ("basic" if described["numbers_only"] else "all")
 
 
+def test_samples_show_which_layers_fp16_cannot_hold(network: Path, tmp_path: Path) -> None:
+    """Images of 1e4 drive the first layers far beyond the range in which fp16 is accurate."""
+    samples = calibration_samples(loaded(), 8)
+    loud = Samples(samples.source, samples.images * 1e4, samples.test)
+    for name, given in (("plain", None), ("loud", loud)):
+        export_checkpoint(
+            network, tmp_path, name=name, settings=ExportSettings(precision=("fp16",), fp32_io=True), samples=given
+        )
+    casts = {
+        name: sum(node.op_type == "Cast" for node in onnx.load(tmp_path / f"{name}.fp16.onnx").graph.node)
+        for name in ("plain", "loud")
+    }
+    assert casts["loud"] != casts["plain"]
+    images = loud.images[:4]
+    with open_runtime(tmp_path / "loud.fp16.onnx") as runtime:
+        assert np.isfinite(runtime.run({"images": images})["logits"]).all()
+
+
 def test_fp32_is_written_only_where_it_is_asked_for(network: Path, tmp_path: Path) -> None:
     samples = calibration_samples(loaded(), 8)
     settings = ExportSettings(precision=("int8",))
