@@ -17,7 +17,7 @@ from compress.files import make_directory
 from deploy import manifest
 from deploy.export import export_onnx
 from deploy.metadata import Quantisation, write_metadata
-from deploy.onnx_file import SUFFIX, load_onnx, onnx_specs, read_metadata, read_onnx, write_onnx
+from deploy.onnx_file import SUFFIX, load_onnx, move_onnx, onnx_specs, read_metadata, read_onnx, write_onnx
 from deploy.precision import HALF, QUANTISED, TARGETS, Precision, Target
 from deploy.precision.calibration import calibrate
 from deploy.precision.exclusion import least_exclusion
@@ -126,13 +126,15 @@ def export_checkpoint(
     if samples is not None and samples.images.shape[1:] != architecture.image_shape:
         raise InputError(
             f"The calibration images of {samples.source} have shape {samples.images.shape[1:]}, but {directory} takes "
-            f"{architecture.image_shape}: give data of that shape."
+            f"{architecture.image_shape}: give data of that shape, from package.module:function if it is not square."
         )
     model = checkpoint.load(directory, trust=trust)
     make_directory(folder)
-    paths = []
-    with TemporaryDirectory(prefix=".export.", dir=folder) as scratch:
-        source = (folder if "fp32" in settings.precision else Path(scratch)) / artefact_name(name, "fp32", "any")
+    entries = []
+    # All is made aside and moved at the end, so that a failure leaves the folder's files and manifest as they were.
+    with TemporaryDirectory(prefix=".export.", dir=folder) as place:
+        scratch = Path(place)
+        source = scratch / artefact_name(name, "fp32", "any")
         export_onnx(
             model,
             source,
@@ -143,13 +145,17 @@ def export_checkpoint(
             resize=architecture.resize,
             checkpoint_digest=architecture.sha256,
         )
+        files = []
         for precision in settings.precision:
             for target in targets(precision, wanted):
-                path = folder / artefact_name(name, precision, target)
+                path = scratch / artefact_name(name, precision, target)
                 if precision != "fp32":
-                    _convert(source, path, precision, target, settings, samples, Path(scratch) / "converted.onnx")
-                paths.append(path)
-    return [_enter(path) for path in paths]
+                    _convert(source, path, precision, target, settings, samples, scratch / "converted.onnx")
+                files.append(path)
+        for path in files:
+            move_onnx(path, folder / path.name)
+            entries.append(_enter(folder / path.name))
+    return entries
 
 
 def _convert(

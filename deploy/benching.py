@@ -15,11 +15,11 @@ from rich.table import Table
 from benchmarks.harness import Measured, Variant, environment, measure, numerals
 from benchmarks.harness.statistics import Estimate, Speedup
 from compress import checkpoint
-from compress.errors import InputError
+from compress.errors import InputError, first_line
 from compress.progress import progress_bar
 from deploy.engine import SUFFIX as PLAN
 from deploy.measuring import bound, pool_batches, rotating, shown_on
-from deploy.runtimes import RUNTIMES, Runtime, open_runtime
+from deploy.runtimes import RUNTIMES, Runtime, check_device, open_runtime
 from deploy.runtimes.tensorrt import TensorRtRuntime
 
 FLOATS = ("float32", "float16", "bfloat16")
@@ -62,13 +62,19 @@ def bench(
     for suffix, text in chosen.items():
         if suffix not in suffixes:
             raise InputError(f"--runtime {text} executes none of the artefacts given: leave it out.")
+    if trusted_manifest is not None and PLAN not in suffixes:
+        raise InputError(f"--trust-manifest vouches for TensorRT engines, and no {PLAN} file is given: leave it out.")
     if layers and PLAN not in suffixes:
         raise InputError(f"--layers times the layers of TensorRT engines, and no {PLAN} file is given: leave it out.")
 
     def opened_as_asked(path: Path) -> Runtime:
         suffix = _suffix(path)
+        artefact: Path | torch.nn.Module = path
+        if suffix is None:
+            check_device(device)
+            artefact = checkpoint.load(path, trust=trust).to(device)
         return open_runtime(
-            path if suffix is not None else checkpoint.load(path, trust=trust).to(device),
+            artefact,
             device=device,
             threads=threads,
             runtime=chosen.get(suffix),
@@ -81,7 +87,13 @@ def bench(
             raise InputError("The same file is given twice: to time it against itself, give a copy of it.")
         image_shape = _common_shape({name: _image_shape(Path(name), it) for name, it in sessions.items()})
         generator = torch.Generator().manual_seed(0)
-        images = torch.randn(batch_size * pool_batches(batch_size, image_shape), *image_shape, generator=generator)
+        count = batch_size * pool_batches(batch_size, image_shape)
+        try:
+            images = torch.randn(count, *image_shape, generator=generator)
+        except RuntimeError as error:
+            raise InputError(
+                f"{count} images of {image_shape} do not fit into memory ({first_line(error)}): give a smaller --batch."
+            ) from error
         with progress_bar(f"timing at batch {batch_size}", rounds) as bar:
             measurement = measure(
                 [Variant(name, rotating(bound(it, images, batch_size)), batch_size) for name, it in sessions.items()],

@@ -132,6 +132,7 @@ def engine(
     """Build a TensorRT engine from an ONNX file, in the file's own precision, and enter it in the manifest."""
     with command(debug=debug, advice="nothing of the engine was kept."):
         from benchmarks.harness import numerals
+        from compress.errors import InputError
         from deploy.engine import build_engine
         from deploy.engine_settings import BatchRange, read_builder_settings
 
@@ -144,6 +145,8 @@ def engine(
             refittable=refittable,
             timing_cache=timing_cache,
         )
+        if not model.is_file():
+            raise InputError(f"{model} does not exist or is not a file; give an ONNX file.")
         path = out or model.with_suffix(".plan")
         entry = build_engine(model, path, batch=BatchRange.parse(batch), settings=settings, device=device)
         if json:

@@ -71,7 +71,7 @@ def compare(
     if loaded.image_shape != architecture.image_shape:
         raise InputError(
             f"{source} has images of {loaded.image_shape} and {directory} takes {architecture.image_shape}: give data "
-            "of that shape."
+            "of that shape, from package.module:function if it is not square."
         )
     model = checkpoint.load(directory, trust=trust)
     images = sample_images(loaded, at_least=max(batch_sizes), at_most=samples)

@@ -137,5 +137,5 @@ def _write(program: torch.onnx.ONNXProgram, path: Path) -> None:
         value.const_value.nbytes for value in program.model.graph.initializers.values() if value.const_value is not None
     )
     external = size > onnx_file.MAX_INLINE_BYTES
-    with onnx_file.writing(path, external=external) as scratch:
+    with onnx_file.writing(path) as scratch:
         program.save(scratch, external_data=external)

@@ -119,6 +119,8 @@ def _tensor(image: Any) -> Tensor:
         known = image.dtype == np.uint8 or image.dtype.kind == "f"
     else:
         known = image.dtype == torch.uint8 or image.dtype.is_floating_point
+    if isinstance(image, torch.Tensor) and (image.is_sparse or image.is_meta):
+        raise InputError("A sparse tensor, or one without data, is no image: give a dense one.")
     if not known:
         raise InputError(f"The pixels are {image.dtype}: give uint8 from 0 to 255, or floats from 0 to 1.")
     if isinstance(image, np.ndarray):
@@ -139,6 +141,8 @@ def _tensor(image: Any) -> Tensor:
 
 
 def _from_pillow(image: Image.Image, channels: int) -> Tensor:
+    if 0 in image.size:
+        raise InputError("An image has no pixels: give at least one row and one column.")
     if image.mode not in _EIGHT_BIT:
         raise InputError(f"A Pillow image has mode {image.mode}: scale it to 8 bits per channel, as mode L or RGB.")
     if channels not in (1, 3):

@@ -101,7 +101,9 @@ def _onnx(path: Path) -> dict[str, Any]:
     about = decode(model.metadata_props, str(path))
     listed = None
     if (path.parent / manifest.FILE_NAME).exists():
-        listed = manifest.verify(path.parent).entry(path.name) is not None
+        listed = manifest.read(path.parent).entry(path.name) is not None
+        if listed:
+            manifest.verify_file(path)
     return {
         "kind": "onnx",
         "path": str(path),

@@ -1,6 +1,9 @@
 """`manifest.json`: the artefacts of a folder with their SHA-256, and the check that they are unchanged."""
 
-from collections.abc import Sequence
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -125,10 +128,23 @@ def add(
         tool_versions=tool_versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    kept = read(directory).entries if (directory / FILE_NAME).exists() else ()
-    manifest = Manifest(entries=(*(other for other in kept if other.file != file), entry))
-    write_text(directory / FILE_NAME, manifest.model_dump_json(indent=2) + "\n")
+    with _locked(directory):
+        kept = read(directory).entries if (directory / FILE_NAME).exists() else ()
+        manifest = Manifest(entries=(*(other for other in kept if other.file != file), entry))
+        write_text(directory / FILE_NAME, manifest.model_dump_json(indent=2) + "\n")
     return entry
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Let one process at a time change the manifest; the lock is on the folder itself and leaves nothing behind."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # file systems without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def read(directory: Path) -> Manifest:

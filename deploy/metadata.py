@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Self
 
 import onnx
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from compress.errors import InputError
 from deploy.precision import Precision, Target
@@ -15,7 +15,7 @@ PREFIX = "espalier."
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Quantisation(_Strict):
@@ -37,13 +37,13 @@ class Metadata(_Strict):
     version: str
     """Espalier's version."""
     torch_version: str
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     """(C, H, W)"""
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     """Per channel, of images scaled to [0, 1]; empty if not known."""
-    std: tuple[float, ...]
-    resize: int | None = None
+    std: tuple[PositiveFloat, ...]
+    resize: PositiveInt | None = None
     """Shorter side in pixels to which an image is brought before its centre is cut out; None: the whole image is
     brought to `image_shape`."""
     checkpoint_sha256: str
@@ -53,6 +53,12 @@ class Metadata(_Strict):
     quantisation: Quantisation | None = None
     other: dict[str, str]
     """The caller's own entries."""
+
+    @model_validator(mode="after")
+    def _normalisation_of_every_channel(self) -> Self:
+        if {len(self.mean), len(self.std)} not in ({0}, {self.image_shape[0]}):
+            raise ValueError(f"mean and std must have {self.image_shape[0]} values each, or none")
+        return self
 
 
 def write_metadata(model: onnx.ModelProto, about: Metadata) -> None:

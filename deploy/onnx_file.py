@@ -85,7 +85,7 @@ def write_onnx(model: onnx.ModelProto, path: Path) -> None:
         WorkError: the model is not valid ONNX with a dynamic batch, or the disk is full.
     """
     external = sum(tensor.ByteSize() for tensor in model.graph.initializer) > MAX_INLINE_BYTES
-    with writing(path, external=external) as scratch:
+    with writing(path) as scratch:
         onnx.save_model(
             model,
             str(scratch),
@@ -96,7 +96,7 @@ def write_onnx(model: onnx.ModelProto, path: Path) -> None:
 
 
 @contextmanager
-def writing(path: Path, *, external: bool) -> Iterator[Path]:
+def writing(path: Path) -> Iterator[Path]:
     """Yield a scratch path for the block to write; check what it wrote, then move it, the weights first.
 
     A reader never sees a graph beside weights of another export.
@@ -106,20 +106,26 @@ def writing(path: Path, *, external: bool) -> Iterator[Path]:
         WorkError: what was written is not valid ONNX with a dynamic batch, or the disk is full.
     """
     make_directory(path.parent)
-    data_path = path.with_name(external_name(path))
     try:
         with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             scratch = Path(folder) / path.name
             yield scratch
             check_onnx(scratch, path.name)
-            if external:
-                path.unlink(missing_ok=True)
-                _move(scratch.with_name(data_path.name), data_path)
-            _move(scratch, path)
-            if not external:
-                data_path.unlink(missing_ok=True)
+            move_onnx(scratch, path)
     except OSError as error:
         raise failed_write(path, error) from error
+
+
+def move_onnx(source: Path, target: Path) -> None:
+    """Put a file and its external weights in the place of others of the same name, the weights first."""
+    weights, beside = source.with_name(external_name(source)), target.with_name(external_name(target))
+    external = weights.exists()
+    if external:
+        target.unlink(missing_ok=True)
+        _move(weights, beside)
+    _move(source, target)
+    if not external:
+        beside.unlink(missing_ok=True)
 
 
 def external_name(path: Path) -> str:

@@ -82,8 +82,8 @@ def quantise(
     done = [node.name for node in model.graph.node if node.name in weighted and node.input[1] in dequantised]
     if not done:
         raise InputError(
-            f"Nothing of {source} can be quantised to {precision} for {target}: every layer with weights is excluded "
-            "or of a kind that stays in floating point; exclude fewer layers, or use fp16."
+            f"Nothing of {source.name} can be quantised to {precision} for {target}: every layer with weights is "
+            "excluded or of a kind that stays in floating point; exclude fewer layers, or use fp16."
         )
     write_onnx(model, destination)
     return Quantised(_layers(done, names), _layers(sorted(weighted & excluded), names))
@@ -97,7 +97,7 @@ def _require_opset(graph: onnx.ModelProto, precision: Precision, source: Path) -
     version = next((item.version for item in graph.opset_import if item.domain in ("", "ai.onnx")), 0)
     if version < MIN_OPSET[precision]:
         raise InputError(
-            f"{source} uses ONNX operator set {version}, but {precision} needs {MIN_OPSET[precision]} or later; "
+            f"{source.name} uses ONNX operator set {version}, but {precision} needs {MIN_OPSET[precision]} or later; "
             "export the network again with espalier export."
         )
 
@@ -106,6 +106,6 @@ def _require_ranges(graph: onnx.ModelProto, ranges: Ranges, source: Path) -> Non
     missing = [node.input[0] for node in weighted_nodes(graph.graph) if node.input[0] not in ranges]
     if missing:
         raise InputError(
-            f"There is no range for the activation {missing[0]} of {source}: the ranges were measured on another file; "
-            "calibrate on this one."
+            f"There is no range for the activation {missing[0]} of {source.name}: the ranges were measured on another "
+            "file; calibrate on this one."
         )

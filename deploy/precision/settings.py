@@ -1,12 +1,13 @@
 """Which files are written for a network, and how they are quantised."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from compress.errors import InputError
-from deploy.precision import PRECISIONS, Precision, Target
+from deploy.precision import PRECISIONS, QUANTISED, Precision, Target
 
 Calibration = Literal["minmax", "entropy", "percentile"]
 
@@ -48,6 +49,13 @@ def read_settings(*, precision: Sequence[str], calibration: str, **others: Any) 
             raise InputError(f"--precision names {name!r}, but must be of {', '.join(PRECISIONS)}.")
     if len(set(precision)) < len(precision):
         raise InputError(f"--precision names {', '.join(precision)}: name each once.")
+    drop = others.get("max_drop")
+    if drop is not None and not (math.isfinite(drop) and drop >= 0):
+        raise InputError(f"--max-drop is {drop}, but must be a number of points, at least 0.")
+    if drop is not None and not QUANTISED & set(precision):
+        raise InputError("--max-drop is for int8 and fp8, and --precision names neither: leave it out.")
+    if others.get("exclude") and set(precision) == {"fp32"}:
+        raise InputError("--exclude keeps layers in fp32, and --precision names nothing else: leave it out.")
     if calibration not in get_args(Calibration):
         raise InputError(f"--method is {calibration!r}, but must be one of {', '.join(get_args(Calibration))}.")
     return ExportSettings(precision=tuple(precision), calibration=calibration, **others)

@@ -15,7 +15,11 @@ from deploy.runtimes.onnx_runtime import OnnxRuntime
 from deploy.runtimes.pytorch import PyTorchRuntime
 from deploy.tensor_spec import TensorSpec
 
-__all__ = ["RUNTIMES", "Kind", "Runtime", "Step", "TensorSpec", "open_runtime"]
+__all__ = ["RUNTIMES", "Kind", "Runtime", "Step", "TensorSpec", "check_device", "open_runtime"]
+
+
+MOST_THREADS = 1024
+"""CPU threads of one inference; far more only take memory and time to start."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +108,9 @@ def open_runtime(
         MissingExtraError: the library that executes the file is not installed.
         WorkError: a node would run elsewhere than on the provider asked for.
     """
-    _check_device(device)
-    if threads is not None and threads < 1:
-        raise InputError(f"{threads} threads were asked for; give at least 1.")
+    check_device(device)
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise InputError(f"{threads} threads were asked for; give at least 1 and at most {MOST_THREADS}.")
     if not isinstance(artefact, nn.Module):
         artefact = Path(artefact)
     suffix = None if isinstance(artefact, nn.Module) else artefact.suffix
@@ -141,7 +145,11 @@ def _read(text: str) -> tuple[str, dict[str, Any]]:
     return name, read_options(name, parts, RUNTIMES[name].options)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """
+    Raises:
+        InputError: there is no such device, or PyTorch finds no GPU.
+    """
     try:
         kind = torch.device(device).type
     except RuntimeError as error:

@@ -30,6 +30,9 @@ from deploy.triton.config import (
 CONFIG: Final = "config.pbtxt"
 VERSION: Final = "1"
 
+MOST: Final = 65536
+"""Images in a batch, and instances: beyond it there is a slip of the pen."""
+
 _MARK: Final = "# Written by espalier triton, which replaces this folder when it is called again."
 
 
@@ -150,8 +153,8 @@ def _check(name: str, max_batch: int, instances: int) -> None:
             "and begin with a letter or digit."
         )
     for what, value in (("largest batch", max_batch), ("number of instances", instances)):
-        if value < 1:
-            raise InputError(f"The {what} is {value}: give at least 1.")
+        if not 1 <= value <= MOST:
+            raise InputError(f"The {what} is {value}: give at least 1 and at most {MOST}.")
 
 
 def _add_rebuild(choice: Choice, onnx: Path, folder: Path) -> None:

@@ -1,7 +1,9 @@
 import hashlib
 import json
+from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 
 import onnx
@@ -28,6 +30,12 @@ def enter(directory: Path, file: str, content: bytes) -> manifest.Entry:
     )
 
 
+def enter_many(place: tuple[Path, str]) -> None:
+    directory, name = place
+    for _ in range(30):
+        manifest.add(directory, name, kind="onnx", precision="fp32", inputs=INPUTS, outputs=OUTPUTS)
+
+
 def test_entry_says_what_the_file_is(tmp_path: Path) -> None:
     entry = enter(tmp_path, "net.fp32.onnx", b"weights")
     assert entry.sha256 == hashlib.sha256(b"weights").hexdigest()
@@ -45,6 +53,15 @@ def test_entry_of_the_same_file_is_replaced(tmp_path: Path) -> None:
     second = enter(tmp_path, "b.onnx", b"two")
     newer = enter(tmp_path, "a.onnx", b"three")
     assert manifest.verify(tmp_path).entries == (second, newer)
+
+
+def test_entries_of_several_processes_are_all_kept(tmp_path: Path) -> None:
+    for name in ("a", "b", "c", "d"):
+        (tmp_path / name).write_bytes(b"weights")
+    with ProcessPoolExecutor(4, mp_context=get_context("spawn")) as pool:
+        list(pool.map(enter_many, [(tmp_path, name) for name in ("a", "b", "c", "d")]))
+    assert {entry.file for entry in manifest.verify(tmp_path).entries} == {"a", "b", "c", "d"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "d", "manifest.json"]
 
 
 @pytest.mark.parametrize("position", [0, 500, 999])

@@ -176,11 +176,33 @@ def test_the_exit_code_of_the_process(espalier: Any, recipe_file: Path, out: Pat
         (("--runtime", "onnxruntime", "--runtime", "onnxruntime:provider=cpu"), "are for the same files: give one"),
         (("--runtime", "onnxruntime:provider=npu"), "npu"),
         (("--layers",), "no .plan file is given"),
+        (("--trust-manifest", "nowhere"), "no .plan file is given"),
+        (("--threads", "100000"), "at most 1024"),
+        (("--batch", "100000000", "--seconds", "0"), "do not fit into memory"),
         (("--device", "cuda"), "PyTorch finds no CUDA GPU"),
     ],
 )
 def test_bench_options(invoke: Any, options: tuple[str, ...], words: str, run_directory: Path) -> None:
     assert words in sentence(invoke("bench", run_directory / "artifacts" / "pruned.fp32.onnx", *options))
+
+
+@pytest.mark.parametrize("device", ["cuda", "no such device"])
+def test_bench_of_a_checkpoint_on_a_device_that_is_not_there(invoke: Any, device: str, run_directory: Path) -> None:
+    assert device in sentence(invoke("bench", run_directory / "pruned", "--device", device))
+
+
+@pytest.mark.parametrize("option", ["--max-batch", "--instances"])
+def test_impossible_sizes_for_triton(invoke: Any, option: str, run_directory: Path, tmp_path: Path) -> None:
+    sizes = {"--max-batch": "4", "--instances": "1", option: "99999999999"}
+    command = ("triton", run_directory, "--name", "m", "--out", tmp_path / "repository")
+    said = sentence(invoke(*command, *(part for pair in sizes.items() for part in pair)))
+    assert "99999999999" in said
+    assert not (tmp_path / "repository").exists()
+
+
+def test_no_file_to_build_an_engine_from(invoke: Any, tmp_path: Path) -> None:
+    for path in ("", tmp_path, tmp_path / "missing.onnx"):
+        assert "does not exist or is not a file" in sentence(invoke("engine", path, "--batch", "1:2:3"))
 
 
 def test_int8_made_for_gpus_is_not_timed_on_the_cpu(invoke: Any, run_directory: Path, tmp_path: Path) -> None:
@@ -202,6 +224,9 @@ class TestExport:
             (("--precision", "fp8", "--calibration", "digits", "--target", "cpu"), "fp8 files are made for gpu alone"),
             (("--precision", "int8", "--calibration", "digits", "--exclude", "conv9"), "conv9"),
             (("--precision", "int8", "--calibration", "nonsense"), "nonsense"),
+            (("--precision", "int8", "--calibration", "digits", "--max-drop", "inf"), "--max-drop is inf"),
+            (("--precision", "fp32", "--max-drop", "1"), "--max-drop is for int8 and fp8"),
+            (("--precision", "fp32", "--exclude", "conv1"), "--precision names nothing else"),
         ],
     )
     def test_options(
@@ -210,6 +235,20 @@ class TestExport:
         result = invoke("export", run_directory / "pruned", "--out", tmp_path / "new", *options)
         assert words in sentence(result)
         assert not list(tmp_path.rglob("*.onnx"))
+
+    def test_a_failure_leaves_what_was_there(self, invoke: Any, run_directory: Path, tmp_path: Path) -> None:
+        """Another network under the same name: its fp32 file must not stand beside the old manifest."""
+        folder = tmp_path / "artifacts"
+        other = shutil.copytree(run_directory / "baseline", tmp_path / "other" / "pruned")
+        assert invoke("export", run_directory / "pruned", "--out", folder).exit_code == 0
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        result = invoke(
+            *("export", other, "--out", folder, "--precision", "fp32,int8", "--calibration", "digits"),
+            *("--samples", "8", "--exclude", "*"),
+        )
+        said = sentence(result)
+        assert "Nothing of pruned.fp32.onnx can be quantised" in said
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
     def test_calibration_data_of_a_wrong_type_and_none_at_all(
         self, invoke: Any, run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

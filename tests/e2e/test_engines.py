@@ -11,7 +11,13 @@ from typing import Any
 
 import pytest
 
-from deploy import manifest, pipeline, runtimes, serving
+from deploy import (
+    benching,  # noqa: F401  imported before anything is replaced, as it takes names from deploy.runtimes
+    manifest,
+    pipeline,
+    runtimes,
+    serving,
+)
 from deploy.serving import Serving
 from tests.fakes.fixtures import LISTINGS, install
 from tests.fakes.tensorrt import build_fake, faults
@@ -20,7 +26,7 @@ from tests.fakes.tensorrt import build_fake, faults
 @pytest.fixture(autouse=True)
 def _gpu(tensorrt: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with the fake's GPU: only PyTorch's own look for one is left out. Its user has built nothing yet."""
-    monkeypatch.setattr(runtimes, "_check_device", lambda _: None)
+    monkeypatch.setattr(runtimes, "check_device", lambda _: None)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
 
