@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import deploy.cli_deploy  # noqa: F401  it brings further commands
-from deploy.cli_app import Debug, Json, Trust, app
+from deploy.cli_app import DataSource, Debug, Json, Trust, app
 from deploy.console import command, emit, show
 
 if TYPE_CHECKING:
@@ -83,9 +83,7 @@ def prune(
 @app.command()
 def correlate(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.", metavar="CHECKPOINT")],
-    data: Annotated[
-        str, typer.Option(help="digits, glyphs, cifar10:/path, imagefolder:/path, package.module:function.")
-    ],
+    data: DataSource,
     criteria: Annotated[
         str | None,
         typer.Option(

@@ -26,6 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+DataSource = Annotated[
+    str, typer.Option(help="digits, glyphs, cifar10:/path, imagefolder:/path, package.module:function.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON to stdout instead of tables.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Log everything, and show the traceback of an error.")]
 Trust = Annotated[

@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from deploy.cli_app import Debug, Json, Threads, Trust, app
+from deploy.cli_app import DataSource, Debug, Json, Threads, Trust, app
 from deploy.console import command, emit, show
 
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 TrustedManifest = Annotated[
     Path | None,
     typer.Option(
@@ -165,7 +166,7 @@ def bench(
     rounds: Annotated[int, typer.Option(min=2, help="Interleaved rounds.")] = 10,
     seconds: Annotated[float, typer.Option(min=0, help="Least time of a file in a round.")] = 1.0,
     threads: Threads = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    device: Device = "cpu",
     runtime: Annotated[
         list[str] | None,
         typer.Option(
@@ -206,11 +207,9 @@ def bench(
 def compare(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.", metavar="CHECKPOINT")],
     artefacts: Annotated[list[Path], typer.Argument(help="ONNX files or plans made from it.", metavar="FILE")],
-    data: Annotated[
-        str, typer.Option(help="digits, glyphs, cifar10:/path, imagefolder:/path, package.module:function.")
-    ],
+    data: DataSource,
     samples: Annotated[int, typer.Option(min=1, help="Test images on which logits are compared.")] = 64,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    device: Device = "cpu",
     runtime: Annotated[
         str | None, typer.Option(help="What runs the files, NAME or NAME:option=value.", metavar="NAME")
     ] = None,
