@@ -14,7 +14,9 @@ from tempfile import TemporaryDirectory
 import torch
 from torch.nn.functional import cross_entropy
 
-from benchmarks.harness import Variant, environment, macs, measure
+from benchmarks.harness.counters import macs
+from benchmarks.harness.environment import environment
+from benchmarks.harness.measure import Variant, measure
 from compress import models
 from compress.budget import Budget
 from compress.pruner import Pruner

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.harness import environment
+from benchmarks.harness.environment import environment
 from benchmarks.harness.statistics import median, paired_speedup
 from compress import data, models
 from compress.graph import ChannelGraph, trace

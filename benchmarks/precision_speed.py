@@ -15,7 +15,9 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.alignment import build, pruned, variant
-from benchmarks.harness import environment, macs, measure
+from benchmarks.harness.counters import macs
+from benchmarks.harness.environment import environment
+from benchmarks.harness.measure import measure
 from benchmarks.harness.statistics import paired_speedup
 from deploy.export import export_onnx
 from deploy.precision import Target

@@ -14,7 +14,7 @@ import time
 import torch
 from torch.nn.functional import cross_entropy
 
-from benchmarks.harness import environment
+from benchmarks.harness.environment import environment
 from compress import models
 from compress.budget import Budget
 from compress.pruner import Pruner

@@ -12,7 +12,9 @@ from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 
-from benchmarks.harness import Measured, Variant, environment, measure, numerals
+from benchmarks.harness import numerals
+from benchmarks.harness.environment import environment
+from benchmarks.harness.measure import Measured, Variant, measure
 from benchmarks.harness.statistics import Estimate, Speedup
 from compress import checkpoint
 from compress.errors import InputError, first_line

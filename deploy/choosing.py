@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from benchmarks.harness import VariantResult, load
+from benchmarks.harness.results import VariantResult, load
 from compress.checkpoint import Architecture
 from compress.errors import InputError
 from compress.files import sha256

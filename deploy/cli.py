@@ -51,8 +51,8 @@ def run(
             return
         directory = out or RUNS / chosen.name
 
-        from benchmarks.harness import summary
         from benchmarks.harness.report import compared, headline
+        from benchmarks.harness.tables import summary
         from deploy import pipeline
 
         results = pipeline.run(chosen, directory)
@@ -144,7 +144,7 @@ def report(
 ) -> None:
     """Render report.html and results.csv again from results.json."""
     with command(debug=debug):
-        from benchmarks.harness import load
+        from benchmarks.harness.results import load
         from deploy.documents import render
         from deploy.run_directory import RunDirectory
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.harness import environment
+from benchmarks.harness.environment import environment
 from compress import checkpoint, data
 from compress.errors import InputError, WorkError
 from compress.files import make_directory, replacing, write_json, write_text

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 
-from benchmarks.harness import environment
+from benchmarks.harness.environment import environment
 from deploy.runtimes.ort_providers import installed_tensorrt
 from deploy.tensorrt_binding import supported
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from benchmarks.harness import (
+from benchmarks.harness.report import report_html
+from benchmarks.harness.results import (
     Accuracy,
     Artefact,
     BatchMeasurement,
@@ -16,7 +17,6 @@ from benchmarks.harness import (
     Runtime,
     VariantResult,
     csv_text,
-    report_html,
 )
 from compress.checkpoint import Architecture
 from compress.errors import WorkError

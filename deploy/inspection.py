@@ -15,7 +15,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from safetensors import safe_open
 
-from benchmarks.harness import load, numerals, rows, summary
+from benchmarks.harness import numerals
+from benchmarks.harness.results import load, rows
+from benchmarks.harness.tables import summary
 from compress import checkpoint
 from compress.errors import InputError
 from compress.files import sha256

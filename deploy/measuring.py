@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import BatchMeasurement, environment, macs, measure, parameters
-from benchmarks.harness import Variant as Timed
+from benchmarks.harness.counters import macs, parameters
+from benchmarks.harness.environment import environment
+from benchmarks.harness.measure import Variant as Timed
+from benchmarks.harness.measure import measure
+from benchmarks.harness.results import BatchMeasurement
 from compress.progress import Bar, progress_bar
 from deploy import manifest
 from deploy.runtimes import Runtime, Step

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Results, load
+from benchmarks.harness.results import Results, load
 from compress.errors import InputError
 from deploy import deploying, documents, measuring, preflight, serving, stages
 from deploy.manifest import tool_versions

@@ -24,7 +24,7 @@ from urllib.parse import quote
 
 from matplotlib.figure import Figure
 
-from benchmarks.harness import environment
+from benchmarks.harness.environment import environment
 from compress.errors import InputError
 from compress.files import make_directory, replacing, write_json, write_text
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from benchmarks.harness import BatchMeasurement, numerals
+from benchmarks.harness import numerals
+from benchmarks.harness.results import BatchMeasurement
 
 NEAR_PEAK: Final = 0.95
 """A size is preferred only if it gives at least this fraction of the highest throughput measured."""

@@ -5,7 +5,8 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
-from benchmarks.harness import (
+from benchmarks.harness.measure import Variant, measure
+from benchmarks.harness.results import (
     Accuracy,
     Artefact,
     BatchMeasurement,
@@ -15,9 +16,7 @@ from benchmarks.harness import (
     PruningEvent,
     Results,
     Runtime,
-    Variant,
     VariantResult,
-    measure,
 )
 
 

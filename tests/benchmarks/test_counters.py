@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.harness import HarnessInputError, macs, parameters
+from benchmarks.harness.counters import macs, parameters
+from benchmarks.harness.errors import HarnessInputError
 
 
 def small_net() -> nn.Module:

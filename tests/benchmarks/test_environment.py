@@ -6,7 +6,7 @@ import subprocess
 import psutil
 import torch
 
-from benchmarks.harness import environment
+from benchmarks.harness.environment import environment
 
 
 def test_the_facts_are_those_of_this_process(tmp_path):

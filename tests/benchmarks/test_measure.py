@@ -6,7 +6,8 @@ import itertools
 import numpy as np
 import pytest
 
-from benchmarks.harness import HarnessError, HarnessInputError, Variant, measure
+from benchmarks.harness.errors import HarnessError, HarnessInputError
+from benchmarks.harness.measure import Variant, measure
 
 QUICK = {"min_seconds_per_round": 0.0, "min_queries_per_round": 20, "warmup_seconds": 0.0}
 

@@ -10,8 +10,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from benchmarks.harness import report_html
-from benchmarks.harness.report import compared, headline
+from benchmarks.harness.report import compared, headline, report_html
 
 VOID = {"meta", "br", "path", "use", "rect", "link"}
 

@@ -9,7 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 import benchmarks.harness.results as module
-from benchmarks.harness import Accuracy, HarnessInputError, csv_text, load, rows
+from benchmarks.harness.errors import HarnessInputError
+from benchmarks.harness.results import Accuracy, csv_text, load, rows
 
 
 def test_the_shipped_schema_is_that_of_the_models():

@@ -4,8 +4,9 @@ import io
 
 from rich.console import Console
 
-from benchmarks.harness import numerals, summary
+from benchmarks.harness import numerals
 from benchmarks.harness.statistics import Estimate
+from benchmarks.harness.tables import summary
 
 
 def printed(results, width: int = 100) -> str:

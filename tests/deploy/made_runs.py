@@ -9,8 +9,7 @@ import onnx
 import onnx.parser
 import torch
 
-from benchmarks.harness import Artefact, BatchMeasurement, Results, Runtime, VariantResult
-from benchmarks.harness.results import Latency
+from benchmarks.harness.results import Artefact, BatchMeasurement, Latency, Results, Runtime, VariantResult
 from benchmarks.harness.statistics import Estimate
 from compress import checkpoint, models
 from deploy import manifest

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from benchmarks.harness import HarnessError, HarnessInputError
+from benchmarks.harness.errors import HarnessError, HarnessInputError
 from compress.errors import InputError, WorkError
 from deploy import pipeline
 from deploy.cli import app

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness import Results
+from benchmarks.harness.results import Results
 from deploy import manifest
 
 
