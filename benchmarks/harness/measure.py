@@ -1,44 +1,51 @@
 """Measuring variants against each other: complete rounds, interleaved in random order, every sample kept.
 
 A machine drifts (temperature, other processes), so variants measured one after the other compare the machine with
-itself. Here each round runs every variant once, in an order drawn anew, and ratios are taken within rounds.
+itself. Here each round runs every variant once, in an order drawn anew, and ratios are taken within rounds. The
+baseline runs twice in every round: how far it seems to differ from itself is what no claim may be smaller than.
 """
 
-import gc
 import math
 import time
-from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-
+from benchmarks.harness.conditions import Conditions, Watch
 from benchmarks.harness.errors import HarnessError, HarnessInputError
+from benchmarks.harness.processes import RemoteSession
+from benchmarks.harness.rounds import MIN_ROUNDS, Contest, Plan, Record
+from benchmarks.harness.session import Clock, LocalSession, Memory, Nanoseconds, Opened, Session
 from benchmarks.harness.statistics import (
     Estimate,
     Speedup,
+    half_width,
     mean_estimate,
     median,
     median_estimate,
     paired_speedup,
     percentile_estimate,
     rate_estimate,
+    spread_of,
 )
+from benchmarks.harness.subject import Candidate, Lane, Stages
 
-Scenario = Literal["SingleStream", "Offline"]
-Clock = Callable[[], int]
-Nanoseconds = npt.NDArray[np.int64]
+Scenario = Literal["SingleStream", "MultiStream", "Offline"]
 
-MIN_ROUNDS = 2  # below two rounds there is no interval
+AGAIN = "{} (again)"
+"""How the second run of the baseline is called."""
+
+LOOKS = 2000
+"""Bootstrap resamples of a look at the precision on the way; the result itself takes more."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One thing to time: `step` runs one query of `batch_size` images to its end, and returns nothing.
+    """One thing to time in this very process: `step` runs one query of `batch_size` samples to its end.
 
-    `close`, if given, is called once when the measurement is over, whether it succeeded or not.
+    Compare files by `Candidate`s, each in processes of its own: here one can warm or starve the caches and thread
+    pools of another, and nothing shows what a process's place in memory does. `close`, if given, is called once when
+    the measurement is over, whether it succeeded or not.
     """
 
     name: str
@@ -55,112 +62,114 @@ class Measured:
     batch_size: int
     scenario: Scenario
     rounds_ns: tuple[Nanoseconds, ...]
+    processes: tuple[int, ...]
+    """Which process each round ran in."""
     median_ms: Estimate
     mean_ms: Estimate
     p90_ms: Estimate | None
     p95_ms: Estimate | None
     p99_ms: Estimate | None
+    p999_ms: Estimate | None
     throughput_per_s: Estimate
     speedup: Speedup | None
+    opened: tuple[Opened, ...]
+    after_gap_ms: tuple[float, ...]
+    stages: tuple[Stages, ...]
+    memory: tuple[Memory, ...]
+    conditions: tuple[Conditions, ...]
+    throttled_ns: tuple[Nanoseconds, ...]
+    """Samples of rounds that were run again because the machine throttled; in no figure, and kept."""
 
 
 @dataclass(frozen=True)
 class Measurement:
     """The variants measured together, by name, and how the measurement went.
 
-    `stopped_by` is "time" if the time budget ended before all planned rounds or queries, else "rounds".
-    `order` gives each round's order of variants.
+    `order` gives each round's order of variants; `reruns` counts the rounds that were run again.
     """
 
     baseline: str
     variants: dict[str, Measured]
+    failures: dict[str, str]
+    """Variant -> why it has no figures."""
+    again: Speedup | None
+    """The baseline against itself, A/A; None if either of the two failed."""
     order: tuple[tuple[str, ...], ...]
-    stopped_by: Literal["rounds", "time"]
+    reruns: int
+    stopped_by: Literal["precision", "time"]
     elapsed_s: float
 
 
 def measure(
-    variants: Sequence[Variant],
+    variants: Sequence[Variant | Candidate],
     *,
     baseline: str,
-    rounds: int = 10,
-    min_seconds_per_round: float = 1.0,
-    min_queries_per_round: int = 50,
-    warmup_seconds: float = 0.1,
-    time_budget_s: float = 60.0,
+    plan: Plan | None = None,
     seed: int = 0,
-    on_round: Callable[[int, int], None] | None = None,
+    watch: Watch | None = None,
+    on_round: Callable[[int, float], None] | None = None,
     clock: Clock = time.perf_counter_ns,
 ) -> Measurement:
     """Time the variants in randomised complete rounds and summarise them.
 
-    Per round each variant is warmed for `warmup_seconds` (one query at least) and then runs as many queries as
-    reach both minima. If that would exceed `time_budget_s`, the queries per round are scaled down to fit, to one
-    query at the least; if the budget still ends early, measuring stops after a complete round, never before two.
+    Per round each variant is warmed and then runs as many queries as reach both minima of the plan; if that would
+    exceed the time budget, the queries per round are scaled down to fit, to one query at the least. Rounds go on until
+    every ratio is as precise as planned or the time is over, and never end before two. Candidates run in processes of
+    their own, of which one at a time does anything, and which are replaced by fresh ones on the way.
 
     A latency is the time from the end of one query to the end of the next: back to back, on one clock, including
-    about 0.1 µs of the loop itself. Garbage collection is off and nothing is allocated while the clock runs.
+    about 0.2 µs of the loop itself. Garbage collection is off while the clock runs.
 
     Args:
         variants: All of one batch size, names unique.
         baseline: Name of the variant that the others are divided by.
-        on_round: Called with (rounds done, rounds planned).
+        watch: What notes the state of the machine during each variant's part of a round; by default of the CPU alone.
+        on_round: Called with (rounds done, seconds since the beginning).
         clock: Monotonic nanoseconds; tests give a fake one.
 
     Raises:
         HarnessInputError: the variants, the baseline or a setting cannot be used.
-        HarnessError: a variant raised, or the clock saw no time pass.
+        HarnessError: every variant failed. Where some did, the others' figures stand and `failures` has the reasons.
     """
-    _check(
-        variants,
-        baseline,
-        rounds,
-        (min_seconds_per_round, min_queries_per_round, warmup_seconds, time_budget_s),
+    plan = plan or Plan()
+    _check(variants, baseline, plan)
+    if not any(isinstance(variant, Candidate) for variant in variants):
+        plan = replace(plan, processes=1)
+    again = AGAIN.format(baseline)
+
+    def launches() -> list[tuple[str, Callable[[], Session]]]:
+        named = [(variant.name, variant) for variant in variants]
+        named += [(again, variant) for variant in variants if variant.name == baseline]
+        return [(name, _launcher(name, variant, clock)) for name, variant in named]
+
+    contest = Contest(
+        launches(),
+        plan,
+        precise=lambda contest: _precise(contest, baseline, again, plan.half_width),
+        seed=seed,
+        watch=watch or Watch(),
+        on_round=on_round,
+        clock=clock,
     )
-    begin = clock()
-    gc.collect()  # once: with torch loaded it takes 0.2 s, and just before a round it would cool what is warm
     try:
-        query_ns = {variant.name: _warm(variant, warmup_seconds, clock) for variant in variants}
-        remaining_s = time_budget_s - (clock() - begin) / 1e9
-        wanted = {
-            name: max(min_queries_per_round, math.ceil(min_seconds_per_round * 1e9 / ns))
-            for name, ns in query_ns.items()
-        }
-        queries, shortened = _fit(wanted, query_ns, warmup_seconds, remaining_s / rounds)
-        stamps = {name: array("q", bytes(8 * (count + 1))) for name, count in queries.items()}
-        taken: dict[str, list[Nanoseconds]] = {variant.name: [] for variant in variants}
-        order = []
-        rng = np.random.default_rng(seed)
-        for done in range(1, rounds + 1):
-            shuffled = [variants[index] for index in rng.permutation(len(variants))]
-            order.append(tuple(variant.name for variant in shuffled))
-            for variant in shuffled:
-                _warm(variant, warmup_seconds, clock)
-                taken[variant.name].append(_time(variant, stamps[variant.name], clock))
-            if on_round is not None:
-                on_round(done, rounds)
-            if done >= MIN_ROUNDS and done < rounds and clock() - begin >= time_budget_s * 1e9:
-                shortened = True
-                break
+        contest.run()
     finally:
         for variant in variants:
-            if variant.close is not None:
+            if isinstance(variant, Variant) and variant.close is not None:
                 variant.close()
-    return Measurement(
-        baseline=baseline,
-        variants={
-            variant.name: _summarise(variant, taken[variant.name], taken[baseline], baseline, seed)
-            for variant in variants
-        },
-        order=tuple(order),
-        stopped_by="time" if shortened else "rounds",
-        elapsed_s=(clock() - begin) / 1e9,
-    )
+    failures = {name: record.failure for name, record in contest.records.items() if record.failure is not None}
+    if len(failures) == len(contest.records):
+        raise HarnessError(next(iter(failures.values())))
+    return _summarise(variants, contest, failures, baseline, again, seed)
 
 
-def _check(variants: Sequence[Variant], baseline: str, rounds: int, settings: tuple[float, int, float, float]) -> None:
+def scenario_of(batch_size: int) -> Scenario:
+    """MLPerf's name for queries of so many samples, one query after the other."""
+    return "SingleStream" if batch_size == 1 else "MultiStream" if batch_size == 8 else "Offline"
+
+
+def _check(variants: Sequence[Variant | Candidate], baseline: str, plan: Plan) -> None:
     names = [variant.name for variant in variants]
-    min_seconds, min_queries, warmup_seconds, time_budget_s = settings
     if not variants:
         raise HarnessInputError("There is nothing to measure: give at least one variant.")
     if len(set(names)) < len(names):
@@ -170,95 +179,154 @@ def _check(variants: Sequence[Variant], baseline: str, rounds: int, settings: tu
     sizes = sorted({variant.batch_size for variant in variants})
     if len(sizes) > 1 or sizes[0] < 1:
         raise HarnessInputError(f"Latencies compare at one positive batch size only, but got {sizes}.")
-    if rounds < MIN_ROUNDS:
-        raise HarnessInputError(f"rounds is {rounds}, and an interval needs at least {MIN_ROUNDS}: raise it.")
-    if time_budget_s <= 0 or not math.isfinite(time_budget_s):
-        raise HarnessInputError(f"time_budget_s is {time_budget_s}: give a positive number of seconds.")
-    if min_queries < 1 or min_seconds < 0 or warmup_seconds < 0:
+    if plan.rounds < MIN_ROUNDS:
+        raise HarnessInputError(f"rounds is {plan.rounds}, and an interval needs at least {MIN_ROUNDS}: raise it.")
+    if plan.time_budget_s <= 0 or not math.isfinite(plan.time_budget_s):
+        raise HarnessInputError(f"time_budget_s is {plan.time_budget_s}: give a positive number of seconds.")
+    if min(plan.queries, plan.processes) < 1 or min(plan.seconds, plan.warmup_s, plan.half_width, plan.idle_gap_s) < 0:
         raise HarnessInputError(
-            "min_queries_per_round must be at least 1, min_seconds_per_round and warmup_seconds at least 0, "
-            f"but they are {min_queries}, {min_seconds} and {warmup_seconds}."
+            "queries and processes must be at least 1, seconds, warmup_s, half_width and idle_gap_s at least 0, "
+            f"but they are {plan.queries}, {plan.processes}, {plan.seconds}, {plan.warmup_s}, {plan.half_width} and "
+            f"{plan.idle_gap_s}."
         )
 
 
-def _fit(
-    wanted: dict[str, int], query_ns: dict[str, float], warmup_seconds: float, round_s: float
-) -> tuple[dict[str, int], bool]:
-    """Queries per round that fit into `round_s`, and whether they had to be fewer than wanted."""
-    timed_s = sum(count * query_ns[name] for name, count in wanted.items()) / 1e9
-    warm_s = sum(max(warmup_seconds, ns / 1e9) for ns in query_ns.values())
-    share = max(0.0, round_s - warm_s) / timed_s
-    if share >= 1:
-        return wanted, False
-    return {name: max(1, math.floor(count * share)) for name, count in wanted.items()}, True
+class _StepLane:
+    """A step without inputs of its own, as a lane."""
+
+    size = 1
+
+    def __init__(self, step: Callable[[], None]) -> None:
+        self._step = step
+
+    def query(self, index: int) -> None:  # noqa: ARG002 - the step takes what it takes
+        self._step()
+
+    def stages(self, index: int) -> Stages:  # noqa: ARG002
+        begin = time.perf_counter_ns()
+        self._step()
+        return Stages(begin, begin, time.perf_counter_ns())
 
 
-def _warm(variant: Variant, seconds: float, clock: Clock) -> float:
-    """Run the variant for `seconds`, one query at least; the median duration of a query in nanoseconds."""
-    durations: list[int] = []
-    begin = last = clock()
-    while not durations or last - begin < seconds * 1e9:
-        _run(variant)
-        now = clock()
-        durations.append(now - last)
-        if now == begin:
-            raise HarnessError(f"Variant {variant.name!r} took no measurable time: its step does no work.")
-        last = now
-    return max(1.0, median(durations))
+class _StepSubject:
+    def __init__(self, step: Callable[[], None]) -> None:
+        self._step = step
+
+    def lane(self) -> Lane:
+        return _StepLane(self._step)
+
+    def description(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        pass
 
 
-def _run(variant: Variant) -> None:
-    try:
-        variant.step()
-    except Exception as error:
-        raise HarnessError(f"Variant {variant.name!r} failed while it was measured: {error}") from error
+def _launcher(name: str, variant: Variant | Candidate, clock: Clock) -> Callable[[], Session]:
+    if isinstance(variant, Candidate):
+        return lambda: RemoteSession(replace(variant, name=name))
+    return lambda: LocalSession(name, lambda: _StepSubject(variant.step), variant.batch_size, clock)
 
 
-def _time(variant: Variant, stamps: "array[int]", clock: Clock) -> Nanoseconds:
-    """Run one query per slot of `stamps` after the first; nanoseconds from each stamp to the next."""
-    step = variant.step
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        stamps[0] = clock()
-        for index in range(1, len(stamps)):
-            step()
-            stamps[index] = clock()
-    except Exception as error:
-        raise HarnessError(f"Variant {variant.name!r} failed while it was measured: {error}") from error
-    finally:
-        if collecting:
-            gc.enable()
-    times: Nanoseconds = np.frombuffer(stamps, dtype=np.int64)
-    return times[1:] - times[:-1]
+def _precise(contest: Contest, baseline: str, again: str, wanted: float) -> bool:
+    """Whether every ratio is as precise as wanted, that of the baseline to itself included."""
+    records, processes = contest.records, contest.processes
+    if records[baseline].failure is not None:
+        return True  # there is no ratio any more, and every further round would only refine medians
+    first = records[baseline].rounds_ns
+    second = records[again].rounds_ns if records[again].failure is None else None
+    for name, record in records.items():
+        if name == baseline or record.failure is not None:
+            continue
+        ratio = paired_speedup(
+            first,
+            record.rounds_ns,
+            again_rounds=None if name == again else second,
+            baseline=baseline,
+            processes=processes,
+            seed=0,
+            resamples=LOOKS,
+        )
+        if half_width(ratio) > wanted:
+            return False
+    return True
 
 
 def _summarise(
-    variant: Variant,
-    rounds_ns: list[Nanoseconds],
-    baseline_ns: list[Nanoseconds],
+    variants: Sequence[Variant | Candidate],
+    contest: Contest,
+    failures: dict[str, str],
     baseline: str,
+    again: str,
     seed: int,
+) -> Measurement:
+    processes = tuple(contest.processes)
+    records = {name: record for name, record in contest.records.items() if name not in failures}
+    for name, record in records.items():
+        if any(median(samples) <= 0 for samples in record.rounds_ns):
+            raise HarnessError(f"Variant {name!r} took no measurable time: its step does no work.")
+    first = records[baseline].rounds_ns if baseline in records else None
+    second = records[again].rounds_ns if again in records else None
+    same = None
+    if first is not None and second is not None:
+        same = paired_speedup(first, second, baseline=baseline, processes=processes, seed=seed)
+    measured = {}
+    for variant in variants:
+        if variant.name not in records:
+            continue
+        record, speedup = records[variant.name], None
+        if variant.name != baseline and first is not None:
+            speedup = paired_speedup(
+                first,
+                record.rounds_ns,
+                again_rounds=second,
+                baseline=baseline,
+                processes=processes,
+                spread=1.0 if same is None else spread_of(same),
+                seed=seed,
+            )
+        measured[variant.name] = _measured(variant, record, processes, speedup, seed)
+    return Measurement(
+        baseline=baseline,
+        variants=measured,
+        failures=failures,
+        again=same,
+        order=tuple(contest.order),
+        reruns=contest.reruns,
+        stopped_by=contest.stopped_by,
+        elapsed_s=contest.elapsed_s,
+    )
+
+
+def _measured(
+    variant: Variant | Candidate, record: Record, processes: tuple[int, ...], speedup: Speedup | None, seed: int
 ) -> Measured:
-    if any(median(samples) <= 0 for samples in rounds_ns):
-        raise HarnessError(f"Variant {variant.name!r} took no measurable time: its step does no work.")
-    rounds_ms = [samples / 1e6 for samples in rounds_ns]
-    speedup = None
-    if variant.name != baseline:
-        speedup = paired_speedup(baseline_ns, rounds_ns, baseline=baseline, seed=seed)
-    images = [variant.batch_size * samples.size for samples in rounds_ns]
-    wall_s = [samples.sum() / 1e9 for samples in rounds_ns]
-    throughput = rate_estimate(images, wall_s, seed=seed)
+    rounds_ms = [samples / 1e6 for samples in record.rounds_ns]
+    samples = [variant.batch_size * latencies.size for latencies in record.rounds_ns]
+    wall_s = [latencies.sum() / 1e9 for latencies in record.rounds_ns]
+    throughput = rate_estimate(samples, wall_s, seed=seed, processes=processes)
+
+    def percentile_ms(percent: float) -> Estimate | None:
+        return percentile_estimate(rounds_ms, percent, seed=seed, processes=processes)
+
     return Measured(
         name=variant.name,
         batch_size=variant.batch_size,
-        scenario="SingleStream" if variant.batch_size == 1 else "Offline",
-        rounds_ns=tuple(rounds_ns),
-        median_ms=median_estimate(rounds_ms, seed=seed),
-        mean_ms=mean_estimate(rounds_ms, seed=seed),
-        p90_ms=percentile_estimate(rounds_ms, 90, seed=seed),
-        p95_ms=percentile_estimate(rounds_ms, 95, seed=seed),
-        p99_ms=percentile_estimate(rounds_ms, 99, seed=seed),
-        throughput_per_s=throughput.model_copy(update={"samples": sum(images)}),
+        scenario=scenario_of(variant.batch_size),
+        rounds_ns=tuple(record.rounds_ns),
+        processes=processes,
+        median_ms=median_estimate(rounds_ms, seed=seed, processes=processes),
+        mean_ms=mean_estimate(rounds_ms, seed=seed, processes=processes),
+        p90_ms=percentile_ms(90),
+        p95_ms=percentile_ms(95),
+        p99_ms=percentile_ms(99),
+        p999_ms=percentile_ms(99.9),
+        throughput_per_s=throughput.model_copy(update={"samples": sum(samples)}),
         speedup=speedup,
+        opened=tuple(record.opened),
+        after_gap_ms=tuple(record.after_gap_ms),
+        stages=tuple(record.stages),
+        memory=tuple(record.memory),
+        conditions=tuple(record.conditions),
+        throttled_ns=tuple(record.throttled_ns),
     )
