@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
+
+from benchmarks.harness.cgroups import memory_limit_bytes
+from benchmarks.harness.machine_cpu import cpu_facts, virtual_machine
+from benchmarks.harness.machine_files import ROOT, field, text
+from benchmarks.harness.machine_gpu import gpu_facts
 
 LIBRARIES = (
     "torch",
@@ -22,6 +26,10 @@ LIBRARIES = (
     "onnxruntime",
     "onnxruntime-gpu",
     "tensorrt",
+    "tensorrt-cu12",
+    "tensorrt-cu13",
+    "nvidia-modelopt",
+    "torch-pruning",
     "numpy",
     "scipy",
     "accelerate",
@@ -29,26 +37,27 @@ LIBRARIES = (
 )
 
 
-def environment(directory: Path | None = None) -> dict[str, Any]:
+def environment(directory: Path | None = None, *, root: Path = ROOT) -> dict[str, Any]:
     """What a reader needs to judge, and to repeat, the figures. JSON values only.
 
     Args:
         directory: Where to look for a git repository; the working directory by default.
+        root: Where /proc, /sys and /etc lie; tests give a made-up machine.
     """
     return {
-        "cpu": _cpu(),
-        "threads": {
-            "torch_intra_op": torch.get_num_threads(),
-            "torch_inter_op": torch.get_num_interop_threads(),
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
-        },
-        "memory": {"total_bytes": psutil.virtual_memory().total},
-        "gpus": _gpus(),
+        "cpu": cpu_facts(root),
+        "threads": _threads(),
+        "memory": _memory(root),
+        "gpus": gpu_facts(),
         "system": {
-            "os": _os_name(),
+            "os": _os_name(root),
             "kernel": platform.release(),
             "machine": platform.machine(),
-            "container": _container(),
+            "clock_source": text(root / "sys/devices/system/clocksource/clocksource0/current_clocksource"),
+            "virtual_machine": virtual_machine(root),
+            "vendor": text(root / "sys/class/dmi/id/sys_vendor"),
+            "product": text(root / "sys/class/dmi/id/product_name"),
+            "container": _container(root),
         },
         "python": platform.python_version(),
         "libraries": _versions(),
@@ -56,60 +65,24 @@ def environment(directory: Path | None = None) -> dict[str, Any]:
     }
 
 
-def _cpu() -> dict[str, Any]:
-    load_1, load_5, load_15 = os.getloadavg()
+def _threads() -> dict[str, Any]:
+    import torch  # here, so that a process that never asks can do without
+
     return {
-        "model": _field(Path("/proc/cpuinfo"), "model name", ":") or platform.processor() or None,
-        "physical_cores": psutil.cpu_count(logical=False),
-        "logical_cores": psutil.cpu_count(logical=True),
-        "affinity": sorted(os.sched_getaffinity(0)),
-        "quota": _text(Path("/sys/fs/cgroup/cpu.max")),
-        "governor": _text(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
-        "load_average": [round(load, 2) for load in (load_1, load_5, load_15)],
+        "torch_intra_op": torch.get_num_threads(),
+        "torch_inter_op": torch.get_num_interop_threads(),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
     }
 
 
-def _gpus() -> list[dict[str, Any]]:
-    """The GPUs that the driver lists; an empty list where there is no driver."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []
-    try:
-        driver = pynvml.nvmlSystemGetDriverVersion()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return [_gpu(pynvml, handle, driver) for handle in handles]
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _gpu(pynvml: Any, handle: Any, driver: str) -> dict[str, Any]:
-    def read(query: Any, *arguments: Any) -> Any:
-        try:
-            return query(handle, *arguments)
-        except pynvml.NVMLError:  # not every GPU answers every question
-            return None
-
-    memory = read(pynvml.nvmlDeviceGetMemoryInfo)
-    power_mw = read(pynvml.nvmlDeviceGetPowerManagementLimit)
-    capability = read(pynvml.nvmlDeviceGetCudaComputeCapability)
-    mig = read(pynvml.nvmlDeviceGetMigMode)
-    ecc = read(pynvml.nvmlDeviceGetEccMode)
-    processes = read(pynvml.nvmlDeviceGetComputeRunningProcesses)
+def _memory(root: Path) -> dict[str, Any]:
+    memory, swap = psutil.virtual_memory(), psutil.swap_memory()
     return {
-        "name": read(pynvml.nvmlDeviceGetName),
-        "driver": driver,
-        "compute_capability": None if capability is None else ".".join(map(str, capability)),
-        "memory_bytes": None if memory is None else int(memory.total),
-        "power_limit_w": None if power_mw is None else power_mw / 1000,
-        "sm_clock_mhz": read(pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_SM),
-        "sm_clock_max_mhz": read(pynvml.nvmlDeviceGetMaxClockInfo, pynvml.NVML_CLOCK_SM),
-        "temperature_c": read(pynvml.nvmlDeviceGetTemperature, pynvml.NVML_TEMPERATURE_GPU),
-        "ecc": None if ecc is None else bool(ecc[0]),
-        "mig": None if mig is None else bool(mig[0]),
-        "compute_processes": None if processes is None else len(processes),
+        "total_bytes": memory.total,
+        "available_bytes": memory.available,
+        "limit_bytes": memory_limit_bytes(root),
+        "swap_total_bytes": swap.total,
+        "swap_used_bytes": swap.used,
     }
 
 
@@ -141,33 +114,20 @@ def _output(command: list[str]) -> str | None:
     return result.stdout.strip() if result.returncode == 0 else None
 
 
-def _container() -> str | None:
+def _container(root: Path) -> str | None:
     """What kind of container this is, by the marks that container engines leave; None if none is seen."""
     if "KUBERNETES_SERVICE_HOST" in os.environ:
         return "kubernetes"
-    if Path("/.dockerenv").exists():
+    if (root / ".dockerenv").exists():
         return "docker"
-    if Path("/run/.containerenv").exists():
+    if (root / "run/.containerenv").exists():
         return "podman"
     return os.environ.get("container")  # noqa: SIM112 - the name that systemd-nspawn and LXC set
 
 
-def _os_name() -> str:
-    name = _field(Path("/etc/os-release"), "PRETTY_NAME", "=")
+def _os_name(root: Path) -> str:
+    name = field(root / "etc/os-release", "PRETTY_NAME", "=")
     return name.strip('"') if name else platform.system()
 
 
-def _field(path: Path, key: str, separator: str) -> str | None:
-    """The first value of `key` in a file of `key separator value` lines."""
-    for line in (_text(path) or "").splitlines():
-        name, _, value = line.partition(separator)
-        if name.strip() == key:
-            return value.strip()
-    return None
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8").strip() or None
-    except OSError:
-        return None
+_field = field
