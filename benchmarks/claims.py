@@ -19,7 +19,9 @@ from benchmarks.harness.environment import environment
 from benchmarks.harness.measure import Measurement, measure
 from benchmarks.harness.rounds import Plan
 from benchmarks.harness.statistics import half_width
-from benchmarks.harness.subject import Candidate, Lane, Stages, Subject
+from benchmarks.harness.subject import Candidate
+from benchmarks.slowed import open_slowed
+from deploy.subjects import open_artefact
 
 SAME, SLOWED = "same", "slowed"
 
@@ -58,53 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def candidates(opened: Mapping[str, Any], slow_down: float) -> list[Candidate]:
     """The network three times: as it is, as it is, and slowed."""
-    from deploy.subjects import open_artefact
-
     return [
         Candidate("network", open_artefact, opened),
         Candidate(SAME, open_artefact, opened),
         Candidate(SLOWED, open_slowed, {"share": slow_down, "arguments": dict(opened)}),
     ]
-
-
-def open_slowed(*, share: float, arguments: dict[str, Any]) -> Subject:
-    """An artefact whose every query takes longer by this share of itself."""
-    from deploy.subjects import open_artefact
-
-    return _Slowed(open_artefact(**arguments), share)
-
-
-class _Slowed:
-    def __init__(self, subject: Subject, share: float) -> None:
-        self._subject = subject
-        self._share = share
-
-    def lane(self) -> Lane:
-        return _SlowedLane(self._subject.lane(), self._share)
-
-    def description(self) -> dict[str, Any]:
-        return self._subject.description() | {"slowed_by": self._share}
-
-    def close(self) -> None:
-        self._subject.close()
-
-
-class _SlowedLane:
-    def __init__(self, lane: Lane, share: float) -> None:
-        self.size = lane.size
-        self._lane = lane
-        self._share = share
-
-    def query(self, index: int) -> None:
-        begin = time.perf_counter_ns()
-        self._lane.query(index)
-        now = time.perf_counter_ns()
-        until = now + self._share * (now - begin)
-        while time.perf_counter_ns() < until:
-            pass
-
-    def stages(self, index: int) -> Stages:
-        return self._lane.stages(index)
 
 
 def record(measurement: Measurement) -> dict[str, Any]:

@@ -1,233 +1,337 @@
-"""Deployable files and checkpoints timed against each other, whatever they came from."""
+"""Deployable files, checkpoints and functions timed against each other, whatever they came from."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import torch
-from rich import box
-from rich.console import RenderableType
-from rich.table import Table
 
-from benchmarks.harness import numerals
+from benchmarks.harness.cells import BatchMeasurement
+from benchmarks.harness.conditions import Watch
 from benchmarks.harness.environment import environment
-from benchmarks.harness.measure import Measured, Variant, measure
-from benchmarks.harness.statistics import Estimate, Speedup
-from compress import checkpoint
-from compress.errors import InputError, first_line
+from benchmarks.harness.errors import HarnessError
+from benchmarks.harness.measure import Measurement, measure
+from benchmarks.harness.processes import RemoteSession
+from benchmarks.harness.results import Results, Runtime, VariantResult, csv_text
+from benchmarks.harness.rounds import Plan
+from benchmarks.harness.server import ServerResult, highest_rate
+from benchmarks.harness.throughput import ThroughputResult, sweep
+from compress.errors import InputError
+from compress.files import make_directory, write_text
 from compress.progress import progress_bar
-from deploy.engine import SUFFIX as PLAN
-from deploy.measuring import bound, pool_batches, rotating, shown_on
-from deploy.runtimes import RUNTIMES, Runtime, check_device, open_runtime
-from deploy.runtimes.tensorrt import TensorRtRuntime
+from deploy.bench_targets import Opening, Target, common_inputs
+from deploy.pool import FLOATS, last_level_cache_bytes, pool_images, random_inputs, write_pool
+from deploy.runtimes import RUNTIMES
+from deploy.tensor_spec import TensorSpec
+from deploy.watching import shown_on, watched
 
-FLOATS = ("float32", "float16", "bfloat16")
+SERVER, SINGLE, MULTI, OFFLINE = "Server", "SingleStream", "MultiStream", "Offline"
+SCENARIOS = (SINGLE, MULTI, OFFLINE, SERVER)
+"""MLPerf's names; what is measured here is no submission."""
 
-PROFILED_RUNS = 20
-"""Inferences in which the layers of an engine are timed, one by one."""
+MULTI_SAMPLES = 8
+"""Samples of a query in MLPerf's MultiStream."""
+
+GAP_S = 0.5
+"""Pause before the query that shows what a pause costs."""
+
+OFFLINE_SAMPLES = 32
+"""Samples of a query in Offline, where no batch is asked for."""
 
 
-def bench(
-    artefacts: Sequence[Path],
-    *,
-    batch_size: int = 1,
-    rounds: int = 10,
-    seconds: float = 1.0,
-    threads: int | None = None,
-    device: str = "cpu",
-    runtimes: Collection[str] = (),
-    trusted_manifest: Path | None = None,
-    layers: bool = False,
-    trust: Collection[str] = (),
-) -> dict[str, Any]:
-    """Latency of each artefact and its speedup over the first, as JSON values.
+@dataclass(frozen=True)
+class Settings:
+    """What is measured of the targets, beyond how they are opened."""
 
-    The inputs are drawn from a standard normal distribution, which is what normalised images look like to arithmetic.
+    batch_sizes: tuple[int, ...] = (1,)
+    plan: Plan = field(default_factory=lambda: Plan(idle_gap_s=GAP_S))
+    """The time budget holds for each batch size, and for the server and the sweep of each target."""
+    data: str | None = None
+    """Source of real samples (see `compress.data.load`); None draws them from a standard normal distribution."""
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    limit_ms: float | None = None
+    """For the 99th percentile of the scenario Server; None leaves the scenario out."""
+    lanes: tuple[int, ...] = ()
+    """Numbers of queries at once that are swept, with every batch size; the server takes the first."""
+    explain: bool = False
+    """Whether the layers are timed, and compared with those of the first target."""
+    seed: int = 0
 
-    Args:
-        artefacts: ONNX files, plans, and checkpoint directories, which run in PyTorch.
-        device: of all of them.
-        runtimes: names with options as `open_runtime` takes them, each for the artefacts that it executes.
-        trusted_manifest: for plans, see `deploy.trust`.
-        layers: whether the layers of plans are timed too, in runs of their own.
-        trust: modules that a checkpoint's factory may import.
+
+def read_scenarios(names: Sequence[str], batch_sizes: Sequence[int], limit_ms: float | None) -> tuple[int, ...]:
+    """The batch sizes that the scenarios ask for; `batch_sizes` are those of the user.
 
     Raises:
-        InputError: an artefact cannot be run, or they take different inputs.
-        HarnessError: one failed while it was timed.
+        InputError: a scenario is unknown, or lacks what it needs, or contradicts the batch sizes.
     """
-    chosen = _by_suffix(runtimes)
-    suffixes = {_suffix(path) for path in artefacts}
-    for suffix, text in chosen.items():
-        if suffix not in suffixes:
-            raise InputError(f"--runtime {text} executes none of the artefacts given: leave it out.")
-    if trusted_manifest is not None and PLAN not in suffixes:
-        raise InputError(f"--trust-manifest vouches for TensorRT engines, and no {PLAN} file is given: leave it out.")
-    if layers and PLAN not in suffixes:
-        raise InputError(f"--layers times the layers of TensorRT engines, and no {PLAN} file is given: leave it out.")
-
-    def opened_as_asked(path: Path) -> Runtime:
-        suffix = _suffix(path)
-        artefact: Path | torch.nn.Module = path
-        if suffix is None:
-            check_device(device)
-            artefact = checkpoint.load(path, trust=trust).to(device)
-        return open_runtime(
-            artefact,
-            device=device,
-            threads=threads,
-            runtime=chosen.get(suffix),
-            trusted_manifest=trusted_manifest if suffix == PLAN else None,
+    unknown = [name for name in names if name not in SCENARIOS]
+    if unknown:
+        raise InputError(f"There is no scenario {unknown[0]!r}; choose from {', '.join(SCENARIOS)}.")
+    if SERVER in names and limit_ms is None:
+        raise InputError("The scenario Server needs a limit for the 99th percentile of latency: give --limit, in ms.")
+    if names and SERVER not in names and limit_ms is not None:
+        raise InputError(f"--limit is for the scenario {SERVER}: add it to --scenario, or leave --limit out.")
+    if not names:
+        return tuple(dict.fromkeys(batch_sizes)) or (1,)
+    wanted = {SINGLE: (1,), MULTI: (MULTI_SAMPLES,), SERVER: (1,)}
+    large = tuple(size for size in batch_sizes if size not in (1, MULTI_SAMPLES)) or (OFFLINE_SAMPLES,)
+    asked = [size for name in names for size in wanted.get(name, large)]
+    unused = sorted(set(batch_sizes) - set(asked))
+    if unused:
+        raise InputError(
+            f"--batch {unused[0]} belongs to no scenario asked for ({', '.join(names)}): SingleStream has batches of 1,"
+            f" MultiStream of {MULTI_SAMPLES}, Offline any other; leave one of the two out."
         )
+    return tuple(dict.fromkeys(asked))
 
-    with ExitStack() as opened:
-        sessions = {str(path): opened.enter_context(opened_as_asked(path)) for path in artefacts}
-        if len(sessions) < len(artefacts):
-            raise InputError("The same file is given twice: to time it against itself, give a copy of it.")
-        image_shape = _common_shape({name: _image_shape(Path(name), it) for name, it in sessions.items()})
-        generator = torch.Generator().manual_seed(0)
-        count = batch_size * pool_batches(batch_size, image_shape)
+
+def read_numbers(text: str | None, option: str) -> tuple[int, ...]:
+    """`1,8,32` -> numbers, each once.
+
+    Raises:
+        InputError: a part is no positive number.
+    """
+    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts) or (text is not None and not parts):
+        raise InputError(f"{option} is {text!r}, but takes positive whole numbers with commas between, such as 1,8,32.")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def bench(targets: Sequence[Target], settings: Settings, opening: Opening) -> Results:
+    """Measure the targets against the first of them.
+
+    Raises:
+        InputError: they take different inputs, or a setting does not fit them; or one cannot be opened.
+        HarnessError: nothing could be measured. Where one target fails, its failure stands in the results.
+    """
+    specs = common_inputs(targets, settings.shapes, settings.batch_sizes)
+    cells: dict[str, list[BatchMeasurement]] = {target.name: [] for target in targets}
+    failures: dict[str, str] = {}
+    descriptions: dict[str, dict[str, Any]] = {}
+    with TemporaryDirectory(prefix="espalier-bench-") as folder, watched(opening.device) as watch:
+        pool = Path(folder)
+        inputs = _write_pool(pool, specs, settings, opening)
+        for batch_size in settings.batch_sizes:
+            found = _measure(targets, settings, opening, pool, batch_size, watch)
+            failures |= {name.removesuffix(" (again)"): reason for name, reason in found.failures.items()}
+            for name, measured in found.variants.items():
+                cells[name].append(BatchMeasurement.of(measured, found, gap_s=settings.plan.idle_gap_s))
+                descriptions[name] = measured.description
+        alive = [target for target in targets if target.name not in failures]
+        servers = _serve(alive, settings, opening, pool, failures)
+        sweeps = _sweep(alive, settings, opening, pool, failures)
+    if not any(cells.values()):
+        raise HarnessError(next(iter(failures.values())))
+    return Results(
+        created=datetime.now(UTC),
+        recipe={},
+        seeds={"measuring": settings.seed},
+        environment=environment(),
+        variants=[
+            VariantResult(
+                name=target.name,
+                artefact=target.artefact,
+                runtime=_runtime(target, descriptions.get(target.name), opening.device),
+                parameters=None,
+                macs=None,
+                accuracy=None,
+                parity=None,
+                measurements=cells[target.name],
+                server=servers.get(target.name),
+                throughput=sweeps.get(target.name),
+                failure=failures.get(target.name),
+            )
+            for target in targets
+        ],
+        pruning=None,
+        training={},
+        not_measured=_left_out(settings),
+        provenance={"command": "espalier bench", "inputs": inputs},
+    )
+
+
+def write(results: Results, directory: Path) -> None:
+    """Write results.json, results.csv, report.html and the figures.
+
+    Raises:
+        InputError: the directory cannot be written.
+        WorkError: the disk is full.
+    """
+    # Drawing takes a second to load, and most measurements are only read in the terminal.
+    from benchmarks.harness.figure_files import write_figures
+
+    from benchmarks.harness.report import report_html
+
+    make_directory(directory)
+    write_text(directory / "results.json", results.to_json())
+    write_text(directory / "results.csv", csv_text(results))
+    write_text(directory / "report.html", report_html(results))
+    write_figures(results, directory / "figures")
+
+
+def require_all(results: Results) -> None:
+    """Raise what failed, once the rest has been shown.
+
+    Raises:
+        HarnessError: one line for each target that could not be measured to the end.
+    """
+    failures = [f"{variant.name}: {variant.failure}" for variant in results.variants if variant.failure]
+    if failures:
+        raise HarnessError("\n".join(failures))
+
+
+def _measure(
+    targets: Sequence[Target], settings: Settings, opening: Opening, pool: Path, batch_size: int, watch: Watch
+) -> Measurement:
+    with progress_bar(f"timing at batch {batch_size}", None) as bar:
         try:
-            images = torch.randn(count, *image_shape, generator=generator)
-        except RuntimeError as error:
-            raise InputError(
-                f"{count} images of {image_shape} do not fit into memory ({first_line(error)}): give a smaller --batch."
-            ) from error
-        with progress_bar(f"timing at batch {batch_size}", rounds) as bar:
-            measurement = measure(
-                [Variant(name, rotating(bound(it, images, batch_size)), batch_size) for name, it in sessions.items()],
-                baseline=str(artefacts[0]),
-                rounds=rounds,
-                min_seconds_per_round=seconds,
-                time_budget_s=max(60.0, 4 * seconds * rounds * len(sessions)),
+            return measure(
+                [opening.candidate(target, pool=pool, batch_size=batch_size) for target in targets],
+                baseline=targets[0].name,
+                plan=settings.plan,
+                seed=settings.seed,
+                watch=watch,
                 on_round=shown_on(bar),
             )
-        described = {name: session.description() for name, session in sessions.items()}
-        profiles = {
-            name: _layer_times(session, images[:batch_size])
-            for name, session in sessions.items()
-            if layers and isinstance(session, TensorRtRuntime)
-        }
-    return {
-        "batch_size": batch_size,
-        "device": device,
-        "inputs": "random, standard normal",
-        "stopped_by": measurement.stopped_by,
-        "variants": [
-            _record(measured, described[name]) | {"layers_ms": profiles.get(name)}
-            for name, measured in measurement.variants.items()
-        ],
-        "environment": environment(),
-    }
-
-
-def tables(found: dict[str, Any]) -> list[RenderableType]:
-    """The outcome of `bench` for the terminal."""
-    return [_latencies(found), *(_layers(item) for item in found["variants"] if item["layers_ms"] is not None)]
-
-
-def _latencies(found: dict[str, Any]) -> Table:
-    result = Table(
-        title=f"{_runtimes(found)}, {found['device']}, batch {found['batch_size']}, random images",
-        title_justify="left",
-        caption="Median latency and paired speedup with 95 % intervals.",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
-    result.add_column("artefact", overflow="fold")
-    for header in ("latency ms", "images/s", "speedup"):
-        result.add_column(header, justify="right")
-    for variant in found["variants"]:
-        median, rate = (Estimate.model_validate(variant[key]) for key in ("median_ms", "throughput_per_s"))
-        speedup = "baseline"
-        if variant["speedup"]:
-            ratio = Speedup.model_validate(variant["speedup"])
-            speedup = f"{numerals.ratio(ratio.value)} {numerals.ratio_interval(ratio)} {ratio.verdict}"
-        latency = f"{numerals.value(median)} {numerals.interval(median)}"
-        result.add_row(variant["name"], latency, numerals.significant(rate.value, 4), speedup)
-    return result
-
-
-def _runtimes(found: dict[str, Any]) -> str:
-    names = (f"{variant['runtime']['runtime']} {variant['runtime']['version']}" for variant in found["variants"])
-    return " and ".join(dict.fromkeys(names))
-
-
-def _layers(variant: dict[str, Any]) -> Table:
-    result = Table(
-        title=f"Layers of {variant['name']}, the slowest first",
-        title_justify="left",
-        caption=f"Median of {PROFILED_RUNS} runs of their own, layer by layer: their sum is not the latency.",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
-    result.add_column("layer", overflow="fold")
-    result.add_column("ms", justify="right")
-    for name, milliseconds in sorted(variant["layers_ms"].items(), key=lambda item: -item[1]):
-        result.add_row(name, f"{milliseconds:.4f}")
-    return result
-
-
-def _suffix(path: Path) -> str | None:
-    """By which a runtime is chosen; None for a checkpoint directory, which is a module."""
-    return None if path.is_dir() else path.suffix
-
-
-def _by_suffix(texts: Collection[str]) -> dict[str | None, str]:
-    """Each runtime that was asked for, under the suffix of the files that it executes."""
-    chosen: dict[str | None, str] = {}
-    for text in texts:
-        name = text.partition(":")[0]
-        if name not in RUNTIMES:
-            raise InputError(f"There is no runtime {name!r}; choose one of {', '.join(RUNTIMES)}.")
-        suffix = RUNTIMES[name].suffix
-        if suffix in chosen:
-            raise InputError(f"--runtime {chosen[suffix]} and --runtime {text} are for the same files: give one.")
-        chosen[suffix] = text
-    return chosen
-
-
-def _layer_times(runtime: TensorRtRuntime, images: torch.Tensor) -> dict[str, float]:
-    """Layer -> median milliseconds."""
-    spec = runtime.inputs[0]
-    times = runtime.profile({spec.name: images.numpy().astype(spec.dtype)}, runs=PROFILED_RUNS)
-    return {layer: median(values) for layer, values in times.items()}
-
-
-def _image_shape(path: Path, runtime: Runtime) -> list[int]:
-    """(C, H, W) that an artefact takes."""
-    if path.is_dir():
-        return list(checkpoint.Architecture.read(path).image_shape)
-    specs = runtime.inputs
-    sizes = [size for size in specs[0].shape[1:] if isinstance(size, int)]
-    if len(specs) != 1 or specs[0].dtype not in FLOATS or len(sizes) < len(specs[0].shape) - 1:
-        given = "; ".join(map(str, specs))
-        raise InputError(f"{path} takes {given}, but one floating-point input of fixed image size can be timed.")
-    return sizes
-
-
-def _common_shape(shapes: Mapping[str, list[int]]) -> list[int]:
-    """(C, H, W) that all artefacts take."""
-    first, *others = shapes
-    for other in others:
-        if shapes[other] != shapes[first]:
-            raise InputError(
-                f"{first} takes images of {shapes[first]} and {other} of {shapes[other]}: give files of one input size."
+        except HarnessError as error:  # at another batch size they may live
+            return Measurement(
+                baseline=targets[0].name,
+                variants={},
+                failures={target.name: f"batch {batch_size}: {error}" for target in targets},
+                again=None,
+                order=(),
+                reruns=0,
+                stopped_by="time",
+                elapsed_s=0.0,
             )
-    return shapes[first]
 
 
-def _record(measured: Measured, runtime: dict[str, Any]) -> dict[str, Any]:
-    def plain(estimate: Estimate | None) -> dict[str, Any] | None:
-        return None if estimate is None else estimate.model_dump(mode="json")
+def _serve(
+    targets: Sequence[Target],
+    settings: Settings,
+    opening: Opening,
+    pool: Path,
+    failures: dict[str, str],
+) -> dict[str, ServerResult]:
+    """The highest rate of each target, all with the same arrivals; one that fails is entered in `failures`."""
+    found: dict[str, ServerResult] = {}
+    if settings.limit_ms is None:
+        return found
+    for target in targets:
+        session = RemoteSession(opening.candidate(target, pool=pool, batch_size=1))
+        try:
+            session.ready()
+            service_ms = session.warm(max(settings.plan.warmup_s, 0.1)) / 1e6
+            with progress_bar(f"{target.name}: highest rate within {settings.limit_ms:g} ms", None) as bar:
+                found[target.name] = highest_rate(
+                    session,
+                    limit_ms=settings.limit_ms,
+                    service_ms=service_ms,
+                    time_budget_s=settings.plan.time_budget_s,
+                    lanes=settings.lanes[0] if settings.lanes else 1,
+                    seed=settings.seed,
+                    on_point=lambda point: bar.advance(f"{point.rate_per_s:.4g} queries a second"),
+                )
+        except HarnessError as error:
+            failures[target.name] = f"Server: {error}"
+        finally:
+            session.close()
+    return found
 
-    figures = ("median_ms", "mean_ms", "p90_ms", "p95_ms", "p99_ms", "throughput_per_s", "speedup")
-    return {
-        "name": measured.name,
-        **{figure: plain(getattr(measured, figure)) for figure in figures},
-        "samples_ms": [np.round(samples / 1e6, 6).tolist() for samples in measured.rounds_ns],
-        "runtime": runtime,
-    }
+
+def _sweep(
+    targets: Sequence[Target], settings: Settings, opening: Opening, pool: Path, failures: dict[str, str]
+) -> dict[str, ThroughputResult]:
+    """Throughput over batch sizes and lanes, all targets in the same rounds."""
+    if not settings.lanes:
+        return {}
+    with ExitStack() as opened:
+        sessions: dict[int, list[RemoteSession]] = {size: [] for size in settings.batch_sizes}
+        for size in settings.batch_sizes:
+            for target in targets:
+                session = RemoteSession(opening.candidate(target, pool=pool, batch_size=size))
+                opened.callback(session.close)
+                try:
+                    session.ready()
+                except HarnessError as error:
+                    failures[target.name] = f"throughput at batch {size}: {error}"
+                else:
+                    sessions[size].append(session)
+        if not any(sessions.values()):
+            return {}
+        with progress_bar("throughput over batch sizes and lanes", None) as bar:
+            return sweep(
+                {size: ready for size, ready in sessions.items() if ready},
+                lanes=settings.lanes,
+                time_budget_s=settings.plan.time_budget_s * len(targets),
+                seconds=settings.plan.seconds,
+                warmup_s=settings.plan.warmup_s,
+                seed=settings.seed,
+                on_round=lambda done, planned: bar.advance(f"round {done} of {planned}"),
+            )
+
+
+def _write_pool(pool: Path, specs: Sequence[TensorSpec], settings: Settings, opening: Opening) -> str:
+    """Write the inputs; say what they are."""
+    sample_bytes = sum(
+        int(np.prod([size for size in spec.shape[1:] if isinstance(size, int)])) * np.dtype(spec.dtype).itemsize
+        for spec in specs
+    )
+    cache = last_level_cache_bytes()
+    count = max(pool_images(size, sample_bytes, cache) for size in settings.batch_sizes)
+    if settings.data is None:
+        write_pool(pool, random_inputs(specs, count, settings.seed))
+        what = "random, standard normal"
+    else:
+        write_pool(pool, [_images(settings.data, specs, count, opening)])
+        what = settings.data
+    return f"{what}; {count} samples of {sample_bytes} bytes, with a last-level cache of {cache} bytes"
+
+
+def _images(source: str, specs: Sequence[TensorSpec], count: int, opening: Opening) -> np.ndarray:
+    """Images of the test split, again from the beginning where there are too few: at other places in memory."""
+    from compress import data
+    from deploy.stages import sample_images
+
+    shape = specs[0].shape[1:]
+    if len(specs) != 1 or len(shape) != 3 or specs[0].dtype not in FLOATS:
+        raise InputError(
+            f"--data gives images, but the network takes {'; '.join(map(str, specs))}: leave --data out, and its "
+            "inputs are drawn at random."
+        )
+    side = shape[-1] if isinstance(shape[-1], int) else None
+    loaded = data.load(source, batch_size=64, image_size=side, augment=False, trust=opening.trust)
+    if loaded.image_shape != shape:
+        raise InputError(f"{source} has images of {loaded.image_shape}, but the network takes {shape}: give others.")
+    images = sample_images(loaded, at_least=1, at_most=count).numpy()
+    return np.resize(images, (count, *shape))
+
+
+def _runtime(target: Target, description: dict[str, Any] | None, device: str) -> Runtime:
+    """What ran it, as it told; of one that never ran, what was to run it."""
+    if description is not None:
+        return Runtime(
+            name=description["runtime"],
+            version=description["version"],
+            device=description["device"],
+            proof=description,
+        )
+    suffix = {"onnx": ".onnx", "plan": ".plan"}.get(target.kind)
+    default = next(name for name, kind in RUNTIMES.items() if kind.suffix == suffix)
+    name = "python" if target.kind == "function" else (target.runtime or default).partition(":")[0]
+    return Runtime(name=name, version="not known", device=device, proof=None)
+
+
+def _left_out(settings: Settings) -> dict[Any, str]:
+    found = {"accuracy": "espalier bench times files and does not know the labels; espalier compare finds accuracies."}
+    if settings.limit_ms is None:
+        found["server"] = "no limit of latency was given; ask with --scenario Server --limit MS."
+    if not settings.lanes:
+        found["throughput"] = "no numbers of queries at once were given; ask with --streams 1,2,4."
+    if not settings.explain:
+        found["layers"] = "layers were not timed; ask with --explain."
+    return found

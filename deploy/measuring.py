@@ -1,65 +1,78 @@
-"""The stage that needs a clock: both networks counted, both artefacts timed against each other."""
+"""The stage that needs a clock: both networks counted, all files timed against each other."""
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from itertools import cycle
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from benchmarks.harness.cells import BatchMeasurement
 from benchmarks.harness.counters import macs, parameters
 from benchmarks.harness.environment import environment
-from benchmarks.harness.measure import Variant as Timed
+from benchmarks.harness.errors import HarnessError
 from benchmarks.harness.measure import measure
-from benchmarks.harness.results import BatchMeasurement
-from compress.progress import Bar, progress_bar
+from benchmarks.harness.rounds import Plan
+from benchmarks.harness.subject import Candidate
+from compress.progress import progress_bar
 from deploy import manifest
-from deploy.runtimes import Runtime, Step
+from deploy.pool import last_level_cache_bytes, pool_images, write_pool
 from deploy.stages import VARIANTS, Run, sample_images
+from deploy.subjects import open_artefact
+from deploy.watching import shown_on, watched
 
 logger = logging.getLogger(__name__)
 
-POOL_BATCHES = 32
-"""At most so many different batches are timed in turn, so that a query rarely finds its input in a cache."""
-
-POOL_BYTES = 256 * 1024**2
-"""Memory for these batches; one batch is always held."""
+GAP_S = 0.5
+"""Pause before the query that shows what a pause costs."""
 
 
 def time_artifacts(run: Run) -> dict[str, Any]:
     """MACs, parameters and layer widths of both networks; latency of all files in interleaved rounds.
 
     Raises:
-        InputError: an artefact is not the one in the manifest, or the test split is smaller than a batch.
-        HarnessError: the measurement failed.
+        InputError: an artefact is not the one in the manifest.
+        HarnessError: a file could not be measured.
     """
-    settings = run.recipe.measure
     manifest.verify(run.directory.artifacts)
+    settings = run.recipe.measure
+    plan = Plan(
+        rounds=settings.rounds,
+        seconds=settings.seconds_per_round,
+        queries=settings.queries_per_round,
+        time_budget_s=settings.time_limit_s,
+        processes=settings.processes,
+        idle_gap_s=GAP_S,
+    )
     measurements: dict[str, list[Any]] = {deployed.label: [] for deployed in run.deployed}
-    with ExitStack() as opened:
-        sessions = {deployed.label: opened.enter_context(run.open(deployed)) for deployed in run.deployed}
+    runtimes: dict[str, Any] = {}
+    with TemporaryDirectory(prefix="espalier-measure-") as folder, watched(run.serving.device) as watch:
+        pool = Path(folder)
+        _write_pool(run, pool)
         for batch_size in settings.batch_sizes:
-            most = batch_size * pool_batches(batch_size, run.data.image_shape)
-            images = sample_images(run.data, at_least=batch_size, at_most=most)
-            timed = [Timed(name, rotating(bound(it, images, batch_size)), batch_size) for name, it in sessions.items()]
-            with progress_bar(f"timing at batch {batch_size}", settings.rounds) as bar:
+            with progress_bar(f"timing at batch {batch_size}", None) as bar:
                 measurement = measure(
-                    timed,
+                    _candidates(run, pool, batch_size),
                     baseline=run.deployed[0].label,
-                    rounds=settings.rounds,
-                    min_seconds_per_round=settings.seconds_per_round,
-                    min_queries_per_round=settings.queries_per_round,
-                    time_budget_s=settings.time_limit_s,
+                    plan=plan,
                     seed=run.recipe.seed,
+                    watch=watch,
                     on_round=shown_on(bar),
                 )
-            logger.info("timed at batch %d in %.0f s", batch_size, measurement.elapsed_s)
+            for reason in measurement.failures.values():
+                raise HarnessError(reason)
+            logger.info(
+                "timed at batch %d: %d rounds in %.0f s, ended by %s",
+                *(batch_size, len(measurement.order), measurement.elapsed_s, measurement.stopped_by),
+            )
             for name, measured in measurement.variants.items():
-                measurements[name].append(BatchMeasurement.of(measured, measurement).model_dump(mode="json"))
-        runtimes = {name: session.description() for name, session in sessions.items()}
+                cell = BatchMeasurement.of(measured, measurement, gap_s=GAP_S)
+                measurements[name].append(cell.model_dump(mode="json"))
+                runtimes[name] = measured.description
     return {
         "runtimes": runtimes,
         "counts": {variant: _count(run.load(variant), run.data.image_shape) for variant in VARIANTS},
@@ -68,33 +81,26 @@ def time_artifacts(run: Run) -> dict[str, Any]:
     }
 
 
-def bound(runtime: Runtime, images: Tensor, batch_size: int) -> list[Step]:
-    """One step for each batch that the images fill; a rest is left out."""
-    spec = runtime.inputs[0]
-    batches = (batch.numpy().astype(spec.dtype) for batch in images.split(batch_size) if len(batch) == batch_size)
-    return [runtime.bind({spec.name: batch}) for batch in batches]
+def _candidates(run: Run, pool: Path, batch_size: int) -> list[Candidate]:
+    arguments = {
+        "pool": str(pool),
+        "batch_size": batch_size,
+        "device": run.serving.device,
+        "threads": run.recipe.measure.threads or torch.get_num_threads(),
+    }
+    return [
+        Candidate(deployed.label, open_artefact, {"artefact": str(deployed.file), **arguments}, batch_size)
+        for deployed in run.deployed
+    ]
 
 
-def rotating(steps: Sequence[Step]) -> Callable[[], None]:
-    """One query after the other, each on the next batch."""
-    following = cycle(steps).__next__
-
-    def step() -> None:
-        following()()
-
-    return step
-
-
-def shown_on(bar: Bar) -> Callable[[int, int], None]:
-    def on_round(done: int, planned: int) -> None:
-        bar.advance(f"round {done} of {planned}")
-
-    return on_round
-
-
-def pool_batches(batch_size: int, image_shape: Sequence[int]) -> int:
-    batch_bytes = 4 * batch_size * math.prod(image_shape)
-    return max(1, min(POOL_BATCHES, POOL_BYTES // batch_bytes))
+def _write_pool(run: Run, pool: Path) -> None:
+    """Test images, again from the beginning where there are too few: at other places in memory."""
+    shape = run.data.image_shape
+    cache = last_level_cache_bytes()
+    count = max(pool_images(size, 4 * math.prod(shape), cache) for size in run.recipe.measure.batch_sizes)
+    images = sample_images(run.data, at_least=1, at_most=count).numpy()
+    write_pool(pool, [np.resize(images, (count, *shape))])
 
 
 def _count(model: nn.Module, image_shape: Sequence[int]) -> dict[str, Any]:

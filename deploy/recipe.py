@@ -152,10 +152,13 @@ class MeasureSection(Section):
     """How the files are timed."""
 
     batch_sizes: tuple[int, ...] = Field((1, 32), min_length=1, description="images per query")
-    rounds: int = Field(10, ge=2, description="interleaved rounds; every variant runs once in each")
+    rounds: int = Field(10, ge=2, description="interleaved rounds at least; every variant runs once in each")
+    processes: int = Field(3, ge=1, description="fresh processes of each variant over which the rounds are spread")
     seconds_per_round: float = Field(1.0, ge=0, description="each variant runs at least that long in a round")
     queries_per_round: int = Field(50, ge=1, description="and at least that many queries")
-    time_limit_s: float = Field(120.0, gt=0, description="for each batch size; queries are fewer where it is short")
+    time_limit_s: float = Field(
+        120.0, gt=0, description="for each batch size; rounds go on until all ratios are known to 0.5 %, or until then"
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of one inference; null takes PyTorch's number")
 
     @field_validator("batch_sizes")

@@ -77,6 +77,8 @@ class Measured:
     stages: tuple[Stages, ...]
     memory: tuple[Memory, ...]
     conditions: tuple[Conditions, ...]
+    description: dict[str, Any]
+    """What ran, as the subject told."""
     throttled_ns: tuple[Nanoseconds, ...]
     """Samples of rounds that were run again because the machine throttled; in no figure, and kept."""
 
@@ -269,7 +271,9 @@ def _summarise(
     second = records[again].rounds_ns if again in records else None
     same = None
     if first is not None and second is not None:
-        same = paired_speedup(first, second, baseline=baseline, processes=processes, seed=seed)
+        same = paired_speedup(
+            first, second, baseline=baseline, processes=processes, spread=math.inf, seed=seed
+        )  # no claim: whatever it shows is noise
     measured = {}
     for variant in variants:
         if variant.name not in records:
@@ -328,5 +332,6 @@ def _measured(
         stages=tuple(record.stages),
         memory=tuple(record.memory),
         conditions=tuple(record.conditions),
+        description=record.description or {},
         throttled_ns=tuple(record.throttled_ns),
     )

@@ -74,6 +74,10 @@ class RemoteSession:
         memory: Memory = self._ask(0, "memory")
         return memory
 
+    def describe(self) -> dict[str, Any]:
+        found: dict[str, Any] = self._ask(0, "describe")
+        return found
+
     def close(self) -> None:
         self._worker.stop("close")
 
@@ -100,6 +104,12 @@ class _Worker:
 
     def __init__(self, what: str, task: Candidate | Call) -> None:
         self._what = what
+        function = task.open if isinstance(task, Candidate) else task[0]
+        if getattr(function, "__module__", None) == "__main__":
+            raise HarnessInputError(
+                f"{what} is opened by {function.__name__} of the program that runs, which no other process can import: "
+                "move the function to a module."
+            )
         self._output = TemporaryFile()  # noqa: SIM115 - closed with the process
         try:
             message = pickle.dumps(task)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -59,6 +59,7 @@ class Record:
     after_gap_ms: list[float] = field(default_factory=list)
     stages: list[Stages] = field(default_factory=list)
     memory: list[Memory] = field(default_factory=list)
+    description: dict[str, Any] | None = None
     failure: str | None = None
 
 
@@ -91,8 +92,10 @@ class Contest:
         self._clock = clock
         self._sleep = sleep
         self._begin = clock()
-        self._queries: dict[str, int] = {}
+        self._query_ns: dict[str, float] = {}
+        self._starts_left_s = 0.0
         self._next_check = plan.rounds
+        self._round_s = 0.0
 
     @property
     def elapsed_s(self) -> float:
@@ -100,34 +103,41 @@ class Contest:
 
     def run(self) -> None:
         """Measure until it is precise or the time is over."""
+        before_rounds_s = after_rounds_s = 0.0
         for process in range(self._plan.processes):
-            if self._late(process) and len(self.processes) >= MIN_ROUNDS:
-                break
             began = self.elapsed_s
+            least_s = before_rounds_s + self._round_s + after_rounds_s
+            if began + least_s > self._plan.time_budget_s and len(self.processes) >= MIN_ROUNDS:
+                break
+            # Its share of the time that is left; what comes after its rounds is taken from it.
+            until_s = began + (self._plan.time_budget_s - began) / (self._plan.processes - process) - after_rounds_s
             with self._sessions() as sessions:
-                self._plan_queries(sessions, self.elapsed_s - began, process)
-                self._rounds(sessions, process)
+                before_rounds_s = self.elapsed_s - began
+                self._starts_left_s = (before_rounds_s + after_rounds_s) * (self._plan.processes - 1 - process)
+                self._time_queries(sessions)
+                self._rounds(sessions, process, until_s)
+                rounds_ended = self.elapsed_s
                 self._aftermath(sessions)
+            after_rounds_s = self.elapsed_s - rounds_ended
             if not any(record.failure is None for record in self.records.values()):
                 break
 
-    def _rounds(self, sessions: dict[str, Session], process: int) -> None:
+    def _rounds(self, sessions: dict[str, Session], process: int, until_s: float) -> None:
+        """Rounds until all of them are precise enough, or another one would end after `until_s`."""
         plan, last = self._plan, self._plan.processes - 1
         least = math.ceil(plan.rounds * (process + 1) / plan.processes)
-        round_s = 0.0
         while sessions:
             before = self.elapsed_s
             self._round(sessions, process)
-            round_s = max(self.elapsed_s - before, 0.0)
+            self._round_s = self.elapsed_s - before
             done = len(self.processes)
             if self._on_round is not None:
                 self._on_round(done, self.elapsed_s)
-            late = self.elapsed_s + round_s > plan.time_budget_s * (process + 1) / plan.processes
             if done >= least and self._precise_now(last=process == last):
                 self.stopped_by = "precision"
                 return
             self.stopped_by = "time"
-            if late and done >= (MIN_ROUNDS if process == last else 1):
+            if self.elapsed_s + self._round_s > until_s and done >= (MIN_ROUNDS if process == last else 1):
                 return
 
     def _precise_now(self, *, last: bool) -> bool:
@@ -136,9 +146,6 @@ class Contest:
             return False
         self._next_check = math.ceil(done * CHECK_EVERY)
         return done >= MIN_ROUNDS and self._precise(self)
-
-    def _late(self, process: int) -> bool:
-        return process > 0 and self.elapsed_s >= self._plan.time_budget_s
 
     @contextmanager
     def _sessions(self) -> Iterator[dict[str, Session]]:
@@ -167,30 +174,36 @@ class Contest:
             self.records[name].failure = str(error)
             sessions.pop(name).close()
 
-    def _plan_queries(self, sessions: dict[str, Session], start_s: float, process: int) -> None:
-        """Queries of a round, which stay the same for all rounds: as many as both minima and the time allow."""
-        plan, query_ns = self._plan, {}
+    def _time_queries(self, sessions: dict[str, Session]) -> None:
         for name in list(sessions):
             with self._surviving(sessions, name):
-                query_ns[name] = sessions[name].warm(plan.warmup_s)
-        if self._queries or not query_ns:
-            return
-        wanted = {name: max(plan.queries, math.ceil(plan.seconds * 1e9 / ns)) for name, ns in query_ns.items()}
-        left_s = plan.time_budget_s - self.elapsed_s - start_s * (plan.processes - 1 - process)
-        warm_s = sum(max(plan.warmup_s, ns / 1e9) for ns in query_ns.values())
+                self._query_ns[name] = sessions[name].warm(self._plan.warmup_s)
+
+    def _queries(self, names: Sequence[str]) -> dict[str, int]:
+        """Queries of the next round: as many as both minima ask for, fewer where the rounds would not fit the time.
+
+        Planned anew for each round, as the machine may be busier than it was.
+        """
+        plan, query_ns = self._plan, self._query_ns
+        wanted = {name: max(plan.queries, math.ceil(plan.seconds * 1e9 / query_ns[name])) for name in names}
+        left_s = plan.time_budget_s - self.elapsed_s - self._starts_left_s
+        rounds_left = max(1, plan.rounds - len(self.processes))
+        warm_s = sum(max(plan.warmup_s, query_ns[name] / 1e9) for name in names)
         timed_s = sum(count * query_ns[name] for name, count in wanted.items()) / 1e9
-        share = min(1.0, max(0.0, left_s / plan.rounds - warm_s) / timed_s)
-        self._queries = {name: max(1, math.floor(count * share)) for name, count in wanted.items()}
+        share = min(1.0, max(0.0, left_s / rounds_left - warm_s) / timed_s)
+        return {name: max(1, math.floor(count * share)) for name, count in wanted.items()}
 
     def _round(self, sessions: dict[str, Session], process: int) -> None:
         """One complete round; once more if the machine throttled, while there are not more reruns than rounds asked."""
         while True:
             order = self._shuffled(list(sessions))
+            queries = self._queries(order)
             taken: dict[str, tuple[Nanoseconds, Conditions]] = {}
             for name in order:
                 with self._surviving(sessions, name):
                     sessions[name].warm(self._plan.warmup_s)
-                    taken[name] = self._timed(sessions[name])
+                    taken[name] = self._timed(sessions[name], queries[name])
+                    self._query_ns[name] = max(1.0, float(np.median(taken[name][0])))
             if self.reruns < self._plan.rounds and any(seen.throttled for _, seen in taken.values()):
                 self.reruns += 1
                 for name, (latencies, seen) in taken.items():
@@ -204,11 +217,11 @@ class Contest:
             self.processes.append(process)
             return
 
-    def _timed(self, session: Session) -> tuple[Nanoseconds, Conditions]:
+    def _timed(self, session: Session, queries: int) -> tuple[Nanoseconds, Conditions]:
         cpu_s = 0.0
         self._watch.start()
         try:
-            timed = session.time(self._queries[session.name])
+            timed = session.time(queries)
             cpu_s = timed.cpu_s
         finally:
             conditions = self._watch.stop(own_cpu_s=cpu_s)
@@ -225,6 +238,8 @@ class Contest:
                 if session.stages(1)[0].compute_ms is not None:
                     record.stages.extend(session.stages(STAGED_QUERIES))
                 record.memory.append(session.memory())
+                if record.description is None:
+                    record.description = session.describe()
 
     def _shuffled(self, names: list[str]) -> list[str]:
         return [names[index] for index in self._rng.permutation(len(names))]

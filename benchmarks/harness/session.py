@@ -35,7 +35,6 @@ class Opened:
     first_ms: float
     before_bytes: int
     """Memory of the process before it opened the subject."""
-    description: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,10 @@ class Session(Protocol):
 
     def memory(self) -> Memory: ...
 
+    def describe(self) -> dict[str, Any]:
+        """What runs; finding out may take memory and time, so ask last."""
+        ...
+
     def close(self) -> None:
         """Release everything; may be called more than once."""
         ...
@@ -132,7 +135,7 @@ class LocalSession:
             with self._working():
                 lane.query(next(self._indices))
             first_ms = (self._clock() - begin) / 1e6
-            self._opened = Opened(load_s, first_ms, before, self._subject.description())
+            self._opened = Opened(load_s, first_ms, before)
         return self._opened
 
     def warm(self, seconds: float) -> float:
@@ -184,6 +187,12 @@ class LocalSession:
     def memory(self) -> Memory:
         return Memory(host_peak_bytes(), device_bytes())
 
+    def describe(self) -> dict[str, Any]:
+        if self._subject is None:
+            raise self._not_open()
+        with self._working():
+            return self._subject.description()
+
     def close(self) -> None:
         self._lanes.clear()
         if self._subject is not None:
@@ -193,13 +202,16 @@ class LocalSession:
     def _first(self, count: int) -> list[Lane]:
         """The first `count` lanes; those that are missing are made and answer one query each."""
         if self._subject is None:
-            raise HarnessError(f"Variant {self.name!r} is not open: it was closed, or never made ready.")
+            raise self._not_open()
         while len(self._lanes) < count:
             with self._working():
                 lane = self._subject.lane()
                 lane.query(0)
             self._lanes.append(lane)
         return self._lanes[:count]
+
+    def _not_open(self) -> HarnessError:
+        return HarnessError(f"Variant {self.name!r} is not open: it was closed, or never made ready.")
 
     @contextmanager
     def _working(self) -> Iterator[None]:

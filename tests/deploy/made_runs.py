@@ -9,7 +9,8 @@ import onnx
 import onnx.parser
 import torch
 
-from benchmarks.harness.results import Artefact, BatchMeasurement, Latency, Results, Runtime, VariantResult
+from benchmarks.harness.cells import BatchMeasurement, Latency
+from benchmarks.harness.results import Artefact, Results, Runtime, VariantResult
 from benchmarks.harness.statistics import Estimate
 from compress import checkpoint, models
 from deploy import manifest
@@ -167,9 +168,16 @@ def _measured(batch_size: int, throughput: float) -> BatchMeasurement:
     return BatchMeasurement(
         batch_size=batch_size,
         scenario="SingleStream" if batch_size == 1 else "Offline",
-        latency=Latency(median_ms=latency, mean_ms=latency, p90_ms=None, p95_ms=None, p99_ms=None),
+        latency=Latency(median_ms=latency, mean_ms=latency, p90_ms=None, p95_ms=None, p99_ms=None, p999_ms=None),
         throughput_per_s=exactly(throughput),
         speedup=None,
-        stopped_by="rounds",
+        again=None,
+        stopped_by="precision",
+        reruns=0,
+        stages=None,
+        phases=None,
+        conditions=None,
+        processes=[],
         samples_ms=[],
+        throttled_samples_ms=[],
     )

@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from benchmarks.harness import measure
+from benchmarks.harness.session import LocalSession
+from benchmarks.harness.subject import Candidate
+from deploy import benching
 from deploy.cli import app
 
 ROOT = Path(__file__).parents[2]
@@ -46,8 +50,10 @@ parity:
 measure:
   batch_sizes: [1, 4]
   rounds: 3
-  seconds_per_round: 0.2
+  processes: 1
+  seconds_per_round: 0.1
   queries_per_round: 5
+  time_limit_s: 3
 """
 
 Espalier = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -76,6 +82,17 @@ def invoke() -> Callable[..., Result]:
         return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
     return run
+
+
+@pytest.fixture
+def sessions_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Candidates are opened in this very process: a fake that stands in for a library is known to no other."""
+
+    def open_here(candidate: Candidate) -> LocalSession:
+        return LocalSession(candidate.name, lambda: candidate.open(**candidate.arguments), candidate.batch_size)
+
+    for module in (measure, benching):
+        monkeypatch.setattr(module, "RemoteSession", open_here)
 
 
 @pytest.fixture

@@ -19,12 +19,13 @@ from deploy import (
     serving,
 )
 from deploy.serving import Serving
+from tests.e2e.options import QUICKLY
 from tests.fakes.fixtures import LISTINGS, install
 from tests.fakes.tensorrt import build_fake, faults
 
 
 @pytest.fixture(autouse=True)
-def _gpu(tensorrt: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _gpu(tensorrt: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sessions_here: None) -> None:
     """A machine with the fake's GPU: only PyTorch's own look for one is left out. Its user has built nothing yet."""
     monkeypatch.setattr(runtimes, "check_device", lambda _: None)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
@@ -111,13 +112,10 @@ def test_a_run_goes_on_with_the_runtime_that_its_files_were_written_for(
 
 
 def test_engine_and_bench(invoke: Any, plan: Path) -> None:
-    timed = invoke("bench", plan, "--device", "cuda", "--batch", "2", "--rounds", "2", "--seconds", "0.05", "--json")
+    timed = invoke("bench", plan, "--device", "cuda", "--batch", "2", *QUICKLY, "--json")
     assert timed.exit_code == 0, timed.stderr
     (variant,) = json.loads(timed.stdout)["variants"]
-    assert variant["runtime"]["cuda_graph"] == "captured"
-    layered = invoke("bench", plan, "--device", "cuda", "--rounds", "2", "--seconds", "0.01", "--layers")
-    assert layered.exit_code == 0, layered.stderr
-    assert "Layers of" in layered.stdout
+    assert variant["runtime"]["proof"]["cuda_graph"] == "captured"
     shown = invoke("inspect", plan)
     assert shown.exit_code == 0
     for expected in ("NVIDIA H200, compute capability 9.0", "images: 1x1x32x32 to 8x1x32x32, fastest at 4x1x32x32"):
@@ -159,7 +157,7 @@ class TestBadInput:
         self, invoke: Any, plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user"))
-        command = ("bench", plan, "--device", "cuda", "--rounds", "2", "--seconds", "0.05")
+        command = ("bench", plan, "--device", "cuda", *QUICKLY)
         assert "was not built by you on this machine" in sentence(invoke(*command))
         assert invoke(*command, "--trust-manifest", plan.parent / "manifest.json").exit_code == 0
 

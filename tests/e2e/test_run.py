@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.harness.results import Results
 from deploy import manifest
+from tests.e2e.options import QUICKLY
 
 
 def files(directory: Path) -> set[str]:
@@ -135,21 +136,20 @@ def test_the_steps_alone(invoke: Any, run_directory: Path, tmp_path: Path) -> No
 
     first, second = run_directory / "artifacts" / "dense.fp32.onnx", Path(entry["path"])
     assert second == tmp_path / "again" / "pruned.fp32.onnx"
-    timed = invoke("bench", first, second, "--batch", "2", "--rounds", "2", "--seconds", "0.05", "--json")
+    timed = invoke("bench", first, second, "--batch", "2", *QUICKLY, "--json")
     assert timed.exit_code == 0, timed.stderr
     found = json.loads(timed.stdout)
     assert [variant["name"] for variant in found["variants"]] == [str(first), str(second)]
-    assert found["variants"][1]["speedup"]["baseline"] == str(first)
+    assert found["variants"][1]["measurements"][0]["speedup"]["baseline"] == str(first)
 
     in_pytorch = run_directory / "baseline"
     timed = invoke(
-        *("bench", in_pytorch, first, "--runtime", "pytorch:channels_last=true", "--rounds", "2"),
-        *("--seconds", "0.05", "--json"),
+        *("bench", in_pytorch, first, "--runtime", "pytorch:channels_last=true", *QUICKLY, "--json"),
     )
     assert timed.exit_code == 0, timed.stderr
     described = [variant["runtime"] for variant in json.loads(timed.stdout)["variants"]]
-    assert [runtime["runtime"] for runtime in described] == ["pytorch", "onnxruntime"]
-    assert described[0]["channels_last"] is True
+    assert [runtime["name"] for runtime in described] == ["pytorch", "onnxruntime"]
+    assert described[0]["proof"]["channels_last"] is True
 
     copy = shutil.copytree(run_directory, tmp_path / "copy")
     (copy / "report.html").unlink()
@@ -187,7 +187,8 @@ def test_own_model_own_data_and_trusted_weights(espalier: Any, tmp_path: Path) -
     recipe.write_text(
         "version: 1\nname: own\nmodel: {factory: mine:net}\ndata: {source: mine:loaders, batch_size: 8}\n"
         "baseline: null\nprune: {budget: {channels: 0.75}, events: 1, interval: 4}\nfinetune: {epochs: 1}\n"
-        "parity: {samples: 4, batch_sizes: [2]}\nmeasure: {batch_sizes: [1], rounds: 2, seconds_per_round: 0.05}\n"
+        "parity: {samples: 4, batch_sizes: [2]}\n"
+        "measure: {batch_sizes: [1], rounds: 2, processes: 1, time_limit_s: 1}\n"
     )
     pruned = espalier("prune", recipe, cwd=tmp_path)
     assert pruned.returncode == 0, pruned.stderr
