@@ -8,6 +8,7 @@ and latency does not depend on it.
 import argparse
 import json
 import sys
+from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,6 +23,7 @@ from compress.budget import Budget
 from compress.pruner import Pruner
 from deploy.export import export_onnx
 from deploy.runtimes import Runtime, open_runtime
+from deploy.subjects import subject_of
 
 
 def main() -> None:
@@ -75,8 +77,10 @@ def pruned(factory: str, images: torch.Tensor, kept: float, round_to: int) -> to
 
 
 def variant(name: str, runtime: Runtime, images: torch.Tensor) -> Variant:
-    step = runtime.bind({runtime.inputs[0].name: images.numpy()})
-    return Variant(name, step, batch_size=len(images), close=runtime.close)
+    subject = subject_of(runtime, [{runtime.inputs[0].name: images.numpy()}])
+    lane = subject.lane()
+    following = cycle(range(lane.size)).__next__
+    return Variant(name, lambda: lane.query(following()), batch_size=len(images), close=subject.close)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from benchmarks.alignment import build, pruned, variant
 from benchmarks.harness.counters import macs
 from benchmarks.harness.environment import environment
 from benchmarks.harness.measure import measure
+from benchmarks.harness.rounds import Plan
 from benchmarks.harness.statistics import paired_speedup
 from deploy.export import export_onnx
 from deploy.precision import Target
@@ -64,10 +65,7 @@ def main() -> None:
         measured = measure(
             [variant(name, runtime, images) for name, runtime in runtimes.items()],
             baseline="dense fp32",
-            rounds=options.rounds,
-            min_seconds_per_round=1.0,
-            min_queries_per_round=5,
-            time_budget_s=600,
+            plan=Plan(rounds=options.rounds, seconds=1.0, queries=5, time_budget_s=600),
         )
         sizes = {name: file.stat().st_size for name, file in files.items()}
     cells = measured.variants

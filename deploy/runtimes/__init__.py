@@ -1,21 +1,23 @@
-"""One interface for everything that executes a network: `open_runtime(artefact, device=...)`."""
+"""One interface for everything that executes a network: `open_runtime(artefact, device=...)`.
+
+The libraries that execute are imported when something is opened in them: an ONNX file on the CPU goes without PyTorch.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from compress.errors import InputError
 from compress.options_text import read_options
-from deploy.runtimes.base import Runtime, Step
-from deploy.runtimes.onnx_runtime import OnnxRuntime
-from deploy.runtimes.pytorch import PyTorchRuntime
+from deploy.runtimes.base import Lane, Runtime
+from deploy.runtimes.device import check_device, parse_device
 from deploy.tensor_spec import TensorSpec
 
-__all__ = ["RUNTIMES", "Kind", "Runtime", "Step", "TensorSpec", "check_device", "open_runtime"]
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["RUNTIMES", "Kind", "Lane", "Runtime", "TensorSpec", "check_device", "open_runtime"]
 
 
 MOST_THREADS = 1024
@@ -44,11 +46,15 @@ class Request:
     for_verification: bool
 
 
-def _pytorch(artefact: nn.Module, request: Request, **options: Any) -> Runtime:
+def _pytorch(artefact: "nn.Module", request: Request, **options: Any) -> Runtime:
+    from deploy.runtimes.pytorch import PyTorchRuntime
+
     return PyTorchRuntime(artefact, device=request.device, threads=request.threads, **options)
 
 
 def _onnxruntime(artefact: Path, request: Request, **options: Any) -> Runtime:
+    from deploy.runtimes.onnx_runtime import OnnxRuntime
+
     return OnnxRuntime(
         artefact,
         device=request.device,
@@ -59,7 +65,7 @@ def _onnxruntime(artefact: Path, request: Request, **options: Any) -> Runtime:
 
 
 def _tensorrt(artefact: Path, request: Request, **options: Any) -> Runtime:
-    if torch.device(request.device).type != "cuda":
+    if parse_device(request.device).type != "cuda":
         raise InputError(
             f"{artefact} is a TensorRT engine, which runs on the NVIDIA GPU that it was built for, but the device "
             f"asked for is {request.device}; choose device cuda, or the ONNX file that the engine was built from."
@@ -78,7 +84,7 @@ RUNTIMES: dict[str, Kind] = {
 
 
 def open_runtime(
-    artefact: Path | nn.Module,
+    artefact: "Path | nn.Module",
     *,
     device: str = "cpu",
     threads: int | None = None,
@@ -99,8 +105,8 @@ def open_runtime(
             tensorrt: cuda_graph, which is on unless set to false.
         trusted_manifest: a manifest that the user trusts, for an engine that was not built here.
         for_verification: lets ONNX Runtime execute on the CPU what was quantised for GPUs, for its numbers alone:
-            values are rounded where the file says so and computed in fp32. The runtime then refuses to `bind`, because
-            a time would mislead, and `description` says `numbers_only`. It changes nothing for other files.
+            values are rounded where the file says so and computed in fp32. The runtime then gives no `lane`,
+            because a time would mislead, and `description` says `numbers_only`. It changes nothing for other files.
 
     Raises:
         InputError: the file is missing, unreadable, of an unknown kind or made for other hardware, or the runtime,
@@ -111,9 +117,9 @@ def open_runtime(
     check_device(device)
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise InputError(f"{threads} threads were asked for; give at least 1 and at most {MOST_THREADS}.")
-    if not isinstance(artefact, nn.Module):
+    if isinstance(artefact, str):
         artefact = Path(artefact)
-    suffix = None if isinstance(artefact, nn.Module) else artefact.suffix
+    suffix = artefact.suffix if isinstance(artefact, Path) else None
     what = "A module" if suffix is None else str(artefact)
     name, options = (_default(suffix, what), {}) if runtime is None else _read(runtime)
     kind = RUNTIMES[name]
@@ -143,19 +149,3 @@ def _read(text: str) -> tuple[str, dict[str, Any]]:
     if name not in RUNTIMES:
         raise InputError(f"There is no runtime {name!r}; choose one of {', '.join(RUNTIMES)}.")
     return name, read_options(name, parts, RUNTIMES[name].options)
-
-
-def check_device(device: str) -> None:
-    """
-    Raises:
-        InputError: there is no such device, or PyTorch finds no GPU.
-    """
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise InputError(f'There is no device "{device}"; give "cpu", "cuda" or "cuda:N".') from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            f"Device {device} was asked for, but PyTorch finds no CUDA GPU; choose cpu, or check the driver "
-            "with espalier doctor."
-        )

@@ -2,25 +2,31 @@
 
 import ctypes
 import math
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import onnx
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 BFLOAT16: Final[np.dtype] = onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.BFLOAT16)
 """NumPy's dtype of that name; it is known by name, too, once this module is imported."""
 
 
-def to_torch(array: np.ndarray) -> torch.Tensor:
+def to_torch(array: np.ndarray) -> "torch.Tensor":
     """The array as a tensor on the CPU that shares its memory."""
+    import torch
+
     if array.dtype == BFLOAT16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
 
-def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+def to_numpy(tensor: "torch.Tensor") -> np.ndarray:
     """The tensor as an array; one on the CPU shares its memory."""
+    import torch
+
     tensor = tensor.cpu()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(BFLOAT16)

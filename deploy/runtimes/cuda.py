@@ -1,13 +1,13 @@
-"""All of torch.cuda that the TensorRT runtime touches: memory, a stream, CUDA graphs."""
+"""All of torch.cuda that lanes on a GPU touch: memory here and there, a stream, events, CUDA graphs."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-import ml_dtypes
 import numpy as np
 import torch
 
 from compress.errors import InputError
+from deploy.runtimes.bfloat16 import to_numpy, to_torch
 
 
 class Stream:
@@ -15,6 +15,7 @@ class Stream:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))  # on which weights may still be on their way
         self._inside = torch.cuda.stream(self._stream)
 
     @property
@@ -26,6 +27,16 @@ class Stream:
     def inside(self) -> torch.cuda.StreamContext:
         """Makes this the current stream, on its device, for a `with` block; not to be nested."""
         return self._inside
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Enqueue a copy between the GPU and page-locked memory; call it `inside`."""
+        target.copy_(source, non_blocking=True)
+
+    def mark(self) -> torch.cuda.Event:
+        """An event that happens when everything enqueued so far is done."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        return event
 
     def synchronize(self) -> None:
         """Wait until everything enqueued on the stream is done."""
@@ -68,17 +79,25 @@ class CudaDevice:
         """Uninitialised memory of the GPU; raises `memory_error` if there is not enough."""
         return torch.empty(tuple(shape), dtype=dtype, device=self._device)
 
+    def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialised page-locked memory of the host, which the GPU copies to and from by itself."""
+        return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+
+    def pin(self, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """Copies of arrays of one shape and type in one block of page-locked memory."""
+        block = self.pinned((len(arrays), *arrays[0].shape), to_torch(arrays[0]).dtype)
+        places = list(block.unbind())
+        for place, array in zip(places, arrays, strict=True):
+            place.copy_(to_torch(array))
+        return places
+
     def put(self, array: np.ndarray) -> torch.Tensor:
         """Copy an array to the GPU; complete on return. Raises `memory_error` if there is not enough memory."""
-        if array.dtype == ml_dtypes.bfloat16:
-            return torch.from_numpy(array.view(np.int16)).to(self._device).view(torch.bfloat16)
-        return torch.from_numpy(array).to(self._device)
+        return to_torch(array).to(self._device)
 
     def take(self, tensor: torch.Tensor) -> np.ndarray:
         """Copy a tensor from the GPU; complete on return. Whatever writes to it must be done before."""
-        if tensor.dtype == torch.bfloat16:
-            return tensor.view(torch.int16).cpu().numpy().view(ml_dtypes.bfloat16)
-        return tensor.cpu().numpy()
+        return to_numpy(tensor)
 
     def stream(self) -> Stream:
         """A new stream that is not the default one."""
@@ -90,7 +109,7 @@ class CudaDevice:
         Kernel arguments, addresses among them, are frozen in the graph: what they point at must outlive it.
 
         Returns:
-            A function that enqueues the whole graph on `stream`; it owns the graph.
+            A function that enqueues the whole graph on the current stream; it owns the graph.
 
         Raises:
             RuntimeError: something in `work` cannot be captured, or `work` raised it.
@@ -107,9 +126,5 @@ class CudaDevice:
                     graph.capture_end()
                 raise
             graph.capture_end()
-
-        def replay() -> None:
-            with stream.inside:
-                graph.replay()
-
+        replay: Callable[[], None] = graph.replay
         return replay

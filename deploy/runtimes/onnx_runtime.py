@@ -6,14 +6,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import torch
 
 from compress.errors import InputError, WorkError
 from deploy.metadata import decode
 from deploy.onnx_file import read_onnx
 from deploy.runtimes import bfloat16, ort_providers
-from deploy.runtimes.base import Runtime, Step, TensorSpec
+from deploy.runtimes.base import Batch, Lane, Runtime, TensorSpec
+from deploy.runtimes.device import parse_device
 from deploy.runtimes.ort_errors import failures, not_opened, reason
+from deploy.runtimes.ort_lanes import CPU, GpuOrtLane, OrtLane, OrtPool, output_shapes, pool_of
 from deploy.runtimes.ort_pairing import require_pairing
 from deploy.runtimes.ort_placement import Placement, read_profile
 
@@ -58,16 +59,16 @@ class OnnxRuntime(Runtime):
         Args:
             threads: of one inference on the CPU; None means as many as PyTorch uses, so that like compares with like.
             provider: cpu, cuda or tensorrt; None means the one of the device's name.
-            cuda_graph: bound steps replay a CUDA graph; `run` computes without one.
+            cuda_graph: each lane has a session of its own, which replays a CUDA graph; `run` computes without one.
             allow_fallback: nodes that the provider lacks may run on CUDA or on the CPU; they are logged.
             for_verification: a file made for GPUs may run on the CPU for its numbers, rounded where the file says so
-                and computed in fp32; it cannot be bound for timing.
+                and computed in fp32; it gives no lane, as a time would mislead.
 
         Raises:
             InputError: the file is unreadable or made for other hardware, or the provider cannot be used.
             WorkError: a node ran on another provider, or the first run failed.
         """
-        self._device = torch.device(device)
+        self._device = parse_device(device)
         self._provider = ort_providers.choose(provider, self._device)
         if self._provider.label == "cpu" and (cuda_graph or allow_fallback):
             option = "cuda_graph" if cuda_graph else "allow_fallback"
@@ -81,7 +82,7 @@ class OnnxRuntime(Runtime):
             )
         self._ort = ort_providers.library(self._provider, self._device)
         self._path = path
-        self._threads = threads if threads is not None else torch.get_num_threads()
+        self._threads = threads if threads is not None else _threads_of_pytorch()
         self._cuda_graph = cuda_graph
         self._allow_fallback = allow_fallback
         self._about = decode(read_onnx(path).metadata_props, str(path))
@@ -89,12 +90,10 @@ class OnnxRuntime(Runtime):
         self._cache = ort_providers.engine_cache(path) if self._provider.label == "tensorrt" else None
         self._placement = None if self._provider.label == "cpu" else self._prove_placement()
         self._session = self._open(self._options())
-        self._graphs: Any = None  # a session whose steps are CUDA graphs
-        self._steps = 0
         self.inputs, self.outputs = self._specs(self._session)
 
     def close(self) -> None:
-        self._session = self._graphs = None
+        self._session = None
         super().close()
 
     def description(self) -> dict[str, Any]:
@@ -132,37 +131,47 @@ class OnnxRuntime(Runtime):
         except failures() as error:
             raise WorkError(f"ONNX Runtime failed on {self._path.name}: {reason(error)}.") from error
 
-    def _bind(self, batch: dict[str, np.ndarray]) -> "_BoundStep":
+    def _prepare(self, pool: list[Batch]) -> OrtPool:
         if self._numbers_only:
             raise InputError(
                 f"{self._path.name} was made for GPUs and opened on the CPU to verify its numbers, so it cannot be "
                 "timed; open it on a GPU."
             )
-        # The sizes of the outputs are known only after one run: the file may give them as names.
-        results = self._run(batch)
-        place = (self._device.type, self._device.index or 0)
-        inputs = {name: bfloat16.to_ort(self._ort, array, place) for name, array in batch.items()}
-        outputs = {
-            name: bfloat16.empty_in_ort(self._ort, array.shape, array.dtype, place) for name, array in results.items()
-        }
-        if not self._cuda_graph:
-            return _BoundStep(self._ort, self._path.name, self._session, None, batch, inputs, outputs)
-        step = _BoundStep(self._ort, self._path.name, *self._next_graph(), batch, inputs, outputs)
-        step()  # ONNX Runtime runs once in the usual way, then captures; later calls replay
-        return step
+        arrays = {spec.name: [batch[spec.name] for batch in pool] for spec in self.inputs}
+        if self._provider.label == "cpu":
+            return pool_of(pool, {name: [self._ort_value(array) for array in every] for name, every in arrays.items()})
+        return pool_of(pool, {name: self._pinned(every) for name, every in arrays.items()})
 
-    def _next_graph(self) -> tuple[Any, Any]:
-        """The session and the run options for one more CUDA graph."""
-        # The TensorRT provider takes no graph ids (1.31), so that one session holds one graph. Sessions of the CUDA
-        # provider hold many, and searching the fastest convolutions anew for each step would take long.
-        if self._graphs is None or self._provider.label == "tensorrt":
-            self._graphs = self._open(self._options(), cuda_graph=True)
-        if self._provider.label == "tensorrt":
-            return self._graphs, None
-        self._steps += 1
-        options = self._ort.RunOptions()
-        options.add_run_config_entry("gpu_graph_id", str(self._steps))
-        return self._graphs, options
+    def _lane(self, prepared: OrtPool) -> Lane:
+        shapes = output_shapes(self.inputs, self.outputs, prepared)
+        if self._provider.label == "cpu":
+            return OrtLane(self._ort, self._path.name, self._session, prepared, self.outputs, shapes)
+        session = self._session
+        if self._cuda_graph:
+            # With CUDA graphs a session is for one thread at a time, and TensorRT's provider holds only one graph.
+            session = self._open(self._options(), cuda_graph=True)
+            if None in shapes.values():
+                zeros = {spec.name: np.zeros(prepared.shapes[spec.name], spec.dtype) for spec in self.inputs}
+                shapes = {name: array.shape for name, array in self._run(zeros).items()}
+        place = (self._device.type, self._device.index or 0)
+        lane = GpuOrtLane(
+            self._ort, self._path.name, session, prepared, self.outputs, shapes, inputs=self.inputs, place=place
+        )
+        if self._cuda_graph:
+            lane.query(0)  # ONNX Runtime runs once in the usual way, then captures; later calls replay
+        return lane
+
+    def _ort_value(self, array: np.ndarray) -> Any:
+        return bfloat16.to_ort(self._ort, array, CPU)
+
+    def _pinned(self, arrays: list[np.ndarray]) -> list[Any]:
+        """What a value on the GPU is updated from: page-locked memory, which is copied from without a detour."""
+        import torch
+
+        from deploy.runtimes import cuda
+
+        pinned = [bfloat16.to_numpy(it) for it in cuda.CudaDevice(torch.device(str(self._device))).pin(arrays)]
+        return [self._ort_value(array) for array in pinned] if pinned[0].dtype == bfloat16.BFLOAT16 else pinned
 
     def _options(self) -> Any:
         options = self._ort.SessionOptions()
@@ -261,39 +270,7 @@ class OnnxRuntime(Runtime):
         return np.zeros([size if isinstance(size, int) else 1 for size in spec.shape], spec.dtype)
 
 
-class _BoundStep(Step):
-    def __init__(
-        self,
-        ort: Any,
-        file: str,
-        session: Any,
-        run_options: Any,
-        batch: dict[str, np.ndarray],
-        inputs: dict[str, Any],
-        outputs: dict[str, Any],
-    ) -> None:
-        self._ort = ort
-        self._file = file
-        self._session = session
-        self._run_options = run_options
-        # On the CPU the binding points into the arrays; a CUDA graph knows the addresses of the values: keep all.
-        self._given = (batch, inputs)
-        self._outputs = outputs
-        self._binding = session.io_binding()
-        for name, value in inputs.items():
-            self._binding.bind_ortvalue_input(name, value)
-        for name, value in outputs.items():
-            self._binding.bind_ortvalue_output(name, value)
-        self._on_gpu = any(value.device_name().lower() != "cpu" for value in outputs.values())
-        self._failures = failures()
+def _threads_of_pytorch() -> int:
+    import torch
 
-    def __call__(self) -> None:
-        try:
-            self._session.run_with_iobinding(self._binding, self._run_options)
-            if self._on_gpu:
-                self._binding.synchronize_outputs()
-        except self._failures as error:
-            raise WorkError(f"ONNX Runtime failed on {self._file}: {reason(error)}.") from error
-
-    def outputs(self) -> dict[str, np.ndarray]:
-        return {name: bfloat16.from_ort(self._ort, value) for name, value in self._outputs.items()}
+    return torch.get_num_threads()

@@ -7,11 +7,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 
-import torch
-
 from compress.errors import InputError, MissingExtraError
 from compress.files import make_directory, sha256
 from deploy.onnx_file import external_name
+from deploy.runtimes.device import Device
 
 TENSORRT_DISTRIBUTIONS = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 
@@ -40,7 +39,7 @@ PROVIDERS = {
 }
 
 
-def choose(label: str | None, device: torch.device) -> Provider:
+def choose(label: str | None, device: Device) -> Provider:
     """The provider of that label; None means the one called like the kind of device.
 
     Raises:
@@ -63,7 +62,7 @@ def choose(label: str | None, device: torch.device) -> Provider:
     return provider
 
 
-def library(provider: Provider, device: torch.device) -> ModuleType:
+def library(provider: Provider, device: Device) -> ModuleType:
     """The module onnxruntime, which has that provider.
 
     Raises:
@@ -85,9 +84,7 @@ def library(provider: Provider, device: torch.device) -> ModuleType:
     return onnxruntime
 
 
-def provider_options(
-    provider: Provider, device: torch.device, cache: Path | None, *, cuda_graph: bool
-) -> dict[str, str]:
+def provider_options(provider: Provider, device: Device, cache: Path | None, *, cuda_graph: bool) -> dict[str, str]:
     """How the provider is set up.
 
     The precision is never set here: it lives in the file, and a TensorRT network without such flags is strongly typed.

@@ -1,8 +1,10 @@
 """The PyTorch runtime: a module as it is, or compiled, in channels-last format, replayed as a CUDA graph."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from threading import get_ident
 from typing import Any
 
 import numpy as np
@@ -10,16 +12,19 @@ import torch
 from torch import nn
 
 from compress.errors import InputError, WorkError, first_line
-from deploy.runtimes.base import Runtime, Step
+from deploy.runtimes import cuda
+from deploy.runtimes.base import Batch, Lane, Runtime
 from deploy.runtimes.bfloat16 import to_numpy, to_torch
 from deploy.runtimes.compilation import Compiled
+from deploy.runtimes.cuda_lane import CudaLane, Tensors, pin
 from deploy.tensor_spec import TensorSpec
 
 INPUT_NAME = "images"
 OUTPUT_NAME = "logits"
 
 WARM_UP_RUNS = 3
-"""Before a CUDA graph is captured: libraries choose algorithms and allocate workspaces in the first runs."""
+"""When a lane on a GPU is made: libraries choose algorithms and allocate workspaces in the first runs, and those must
+not fall into the capture of a CUDA graph."""
 
 
 @contextmanager
@@ -53,9 +58,9 @@ class PyTorchRuntime(Runtime):
         """
         Args:
             compile: by torch.compile, the whole network and each shape by itself; a graph break is an error.
-            channels_last: parameters and images in that memory format. The model given stays as it is: a copy of it
-                runs, which later changes of its weights do not reach.
-            cuda_graph: bound steps replay a CUDA graph; `run` computes without one.
+            channels_last: parameters and images in that memory format; images are brought into it in each query. The
+                model given stays as it is: a copy of it runs, which later changes of its weights do not reach.
+            cuda_graph: lanes replay a CUDA graph each; `run` computes without one.
 
         Raises:
             InputError: the model is on another device, or a CUDA graph is asked for on the CPU.
@@ -106,79 +111,102 @@ class PyTorchRuntime(Runtime):
         }
         return found if self._compiled is None else found | {"compiled_graphs": self._compiled.graphs}
 
-    def _run(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        step = self._step(batch)
-        step()
-        return step.outputs()
-
-    def _bind(self, batch: dict[str, np.ndarray]) -> Step:
-        step = self._step(batch)
-        return _GraphStep(step) if self._cuda_graph else step
-
-    def _step(self, batch: dict[str, np.ndarray]) -> "_PyTorchStep":
+    def _run(self, batch: Batch) -> dict[str, np.ndarray]:
         images = to_torch(batch[INPUT_NAME]).to(self._device)
-        if self._channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        if self._compiled is not None:
-            self._compiled.prepare(images)
-        return _PyTorchStep(self._forward, images)
-
-
-class _PyTorchStep(Step):
-    """PyTorch allocates its outputs anew in every call; that belongs to what its user waits for."""
-
-    def __init__(self, forward: Callable[[torch.Tensor], Any], images: torch.Tensor) -> None:
-        self.forward = forward
-        self.images = images
-        self.logits: Any = None
-
-    def __call__(self) -> None:
+        self._compile_for(images)
         try:
-            with torch.inference_mode():
-                self.logits = self.forward(self.images)
-            if self.images.is_cuda:
-                torch.cuda.synchronize(self.images.device)
+            return {OUTPUT_NAME: to_numpy(_logits(self._infer(images)))}
         except RuntimeError as error:
-            shape = tuple(self.images.shape)
-            raise WorkError(f"PyTorch failed on a batch of shape {shape}: {error}") from error
+            raise _failed(images, error) from error
 
-    def outputs(self) -> dict[str, np.ndarray]:
-        if not isinstance(self.logits, torch.Tensor):
-            raise InputError(
-                f"The model returned a {type(self.logits).__name__}, but one tensor of logits is needed; "
-                "wrap it in a module that returns the logits alone."
-            )
-        return {OUTPUT_NAME: to_numpy(self.logits)}
+    def _prepare(self, pool: list[Batch]) -> list[torch.Tensor] | list[Tensors]:
+        if self._device.type == "cuda":
+            return pin(cuda.CudaDevice(self._device), self.inputs, pool)
+        return [to_torch(batch[INPUT_NAME]) for batch in pool]
 
+    def _lane(self, prepared: Any) -> Lane:
+        if self._device.type == "cuda":
+            return self._cuda_lane(cuda.CudaDevice(self._device), prepared)
+        self._compile_for(prepared[0])
+        return _CpuLane(self._infer, prepared)
 
-class _GraphStep(Step):
-    """The kernels of one inference, captured once and launched together; images and logits keep their addresses."""
-
-    def __init__(self, step: _PyTorchStep) -> None:
-        self._step = step
-        self._device = step.images.device
+    def _cuda_lane(self, device: cuda.CudaDevice, pool: Sequence[Tensors]) -> CudaLane:
+        stream = device.stream()
+        images = device.empty(pool[0][0].shape, pool[0][0].dtype)
         try:
-            with torch.cuda.device(self._device):
-                side = torch.cuda.Stream()
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    for _ in range(WARM_UP_RUNS):
-                        step()
-                torch.cuda.current_stream().wait_stream(side)
-                self._graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._graph), torch.inference_mode():
-                    step.logits = step.forward(step.images)
+            with device.current(), stream.inside:
+                stream.copy(images, pool[0][0])
+                self._compile_for(images)
+                for _ in range(WARM_UP_RUNS):
+                    logits = _logits(self._infer(images))
+            stream.synchronize()
+        except RuntimeError as error:
+            raise _failed(images, error) from error
+        compute = self._captured(device, stream, images) if self._cuda_graph else lambda: (self._infer(images),)
+        outputs = {OUTPUT_NAME: device.pinned(logits.shape, logits.dtype)}
+        return CudaLane(stream, pool, (images,), compute, outputs, partial(_failed, images))
+
+    def _captured(self, device: cuda.CudaDevice, stream: cuda.Stream, images: torch.Tensor) -> Callable[[], Tensors]:
+        """The kernels of one inference, captured once and launched together; images and logits keep their addresses."""
+        logits: list[torch.Tensor] = []
+        try:
+            replay = device.capture(stream, lambda: logits.append(self._infer(images)))
         except RuntimeError as error:
             raise WorkError(
                 f"PyTorch cannot capture the network as a CUDA graph: {first_line(error)}; leave out cuda_graph=true."
             ) from error
 
-    def __call__(self) -> None:
+        def compute() -> Tensors:
+            replay()
+            return logits
+
+        return compute
+
+    def _compile_for(self, images: torch.Tensor) -> None:
+        if self._compiled is not None:
+            self._compiled.prepare(self._formatted(images))
+
+    def _infer(self, images: torch.Tensor) -> Any:
+        images = self._formatted(images)  # out of inference mode: what is made inside is compiled for once more
+        with torch.inference_mode():
+            return self._forward(images)
+
+    def _formatted(self, images: torch.Tensor) -> torch.Tensor:
+        return images.contiguous(memory_format=torch.channels_last) if self._channels_last else images
+
+
+class _CpuLane(Lane):
+    """PyTorch allocates its outputs anew in every query; that belongs to what its user waits for."""
+
+    def __init__(self, infer: Callable[[torch.Tensor], Any], pool: Sequence[torch.Tensor]) -> None:
+        self.size = len(pool)
+        self._infer = infer
+        self._pool = pool
+        self._threads = torch.get_num_threads()
+        self._thread = get_ident()
+        self._latest: Any = None
+
+    def query(self, index: int) -> None:
+        if self._thread != get_ident():
+            torch.set_num_threads(self._threads)  # OpenMP has a number for each thread, at first that of all cores
+            self._thread = get_ident()
         try:
-            self._graph.replay()
-            torch.cuda.synchronize(self._device)
+            self._latest = self._infer(self._pool[index])
         except RuntimeError as error:
-            raise WorkError(f"The CUDA graph of the network failed: {first_line(error)}.") from error
+            raise _failed(self._pool[index], error) from error
 
     def outputs(self) -> dict[str, np.ndarray]:
-        return self._step.outputs()
+        return {OUTPUT_NAME: to_numpy(_logits(self._latest))}
+
+
+def _logits(found: Any) -> torch.Tensor:
+    if not isinstance(found, torch.Tensor):
+        raise InputError(
+            f"The model returned a {type(found).__name__}, but one tensor of logits is needed; "
+            "wrap it in a module that returns the logits alone."
+        )
+    return found
+
+
+def _failed(images: torch.Tensor, error: RuntimeError) -> WorkError:
+    return WorkError(f"PyTorch failed on a batch of shape {tuple(images.shape)}: {error}")

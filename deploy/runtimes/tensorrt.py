@@ -1,9 +1,8 @@
-"""TensorRT: a trusted engine on a CUDA GPU, without copies between batch and result, replayed as a CUDA graph."""
+"""TensorRT: a trusted engine on a CUDA GPU, replayed as a CUDA graph."""
 
 import logging
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,8 @@ import torch
 
 from compress.errors import InputError, WorkError, first_line
 from deploy.runtimes import cuda
-from deploy.runtimes.base import Runtime, Step
+from deploy.runtimes.base import Batch, Lane, Runtime
+from deploy.runtimes.cuda_lane import CudaLane, Tensors, pin
 from deploy.runtimes.tensorrt_fit import record_of, require_fit
 from deploy.runtimes.tensorrt_layers import Layer, LayerTimes, make_profiler, read_layers
 from deploy.runtimes.tensorrt_tensors import read_tensors
@@ -25,16 +25,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CLOSED = "The runtime has been closed; open the artefact again."
-
 
 class TensorRtRuntime(Runtime):
-    """One engine, its optimisation profile 0, one stream; not for several threads at once.
+    """One engine, its optimisation profile 0; every lane has an execution context and a stream of its own.
 
-    A CUDA graph freezes the shapes and addresses of the execution context that it was captured from. So every bound
-    batch has a context and a graph of its own, and neither is set to anything else while it lives; plain runs use
-    another context, which has no graph and takes each batch's shape. The scratch memory, by far the largest part of a
-    context, is one block that all contexts share: they take turns on the one stream.
+    A CUDA graph freezes the shapes and addresses of the execution context that it was captured from, so a lane's
+    context is set to nothing else while it lives. `run` and `profile` are not for several threads at once: `run` uses
+    another context, which has no graph and takes each batch's shape.
     """
 
     def __init__(
@@ -43,8 +40,8 @@ class TensorRtRuntime(Runtime):
         """Open the engine `path`.
 
         Args:
-            cuda_graph: whether bound batches are captured and replayed. A capture that fails is logged and stated in
-                `description`, and the batch is enqueued kernel by kernel instead.
+            cuda_graph: whether lanes capture the inference and replay it. A capture that fails is logged and stated in
+                `description`, and the inference is enqueued kernel by kernel instead.
             trusted_manifest: a manifest that vouches for the engine, see `deploy.trust.trusted_plan`.
 
         Raises:
@@ -60,13 +57,12 @@ class TensorRtRuntime(Runtime):
         self._record = record_of(self._path, entry)
         require_fit(self._path, self._record, self._trt.__version__, self._device)
         self._cuda_graph = cuda_graph
-        self._captured = 0
+        self._graphs = 0
         self._graph_problem: str | None = None
         self._errors = Errors(self._trt)
-        self._steps: weakref.WeakSet[_TensorRtStep] = weakref.WeakSet()
-        self._run_context: tensorrt.IExecutionContext | None = None
+        self._lanes: list[tuple[CudaLane, _Execution]] = []
+        self._plain: _Execution | None = None
         with self._working("load it"):
-            self._stream = self._device.stream()
             log = process_logger(self._trt)
             self._trt.init_libnvinfer_plugins(log, "")
             self._runtime: tensorrt.Runtime = self._trt.Runtime(log)
@@ -77,7 +73,6 @@ class TensorRtRuntime(Runtime):
             if engine is None:
                 raise self._undeserialised()
             self._engine: tensorrt.ICudaEngine = engine
-            self._scratch = self._device.empty((max(self._engine.device_memory_size_v2, 1),), torch.uint8)
         self._tensors = read_tensors(self._trt, self._engine, self._path.name)
         self.inputs = self._tensors.inputs
         self.outputs = self._tensors.outputs
@@ -85,13 +80,11 @@ class TensorRtRuntime(Runtime):
 
     def close(self) -> None:
         if not self._closed:
-            with suppress(RuntimeError):  # of a GPU that has failed; what it failed at was raised before
-                self._stream.synchronize()
             # Graphs before their contexts, contexts before the engine, the engine before the runtime; the recorder,
             # which all of them may call to the last, goes with this object.
-            for step in list(self._steps):
-                step.release()
-            del self._run_context, self._engine, self._runtime, self._scratch
+            for lane, _ in self._lanes:
+                lane.close()
+            del self._lanes, self._plain, self._engine, self._runtime
         super().close()
 
     def description(self) -> dict[str, Any]:
@@ -116,18 +109,17 @@ class TensorRtRuntime(Runtime):
         """The engine's layers as they are executed, at the batch that it is tuned for."""
         self._require_open()
         with self._working("describe its layers"):
-            context = self._new_context()
-            for name, profile in self._tensors.profiles.items():
-                self._set_shape(context, name, profile.optimum)
+            execution = self._idle_execution()
+            self._set_shapes(execution, {name: it.optimum for name, it in self._tensors.profiles.items()})
             inspector = self._engine.create_engine_inspector()
             # An engine of dynamic batch has shapes and formats only together with a context.
-            inspector.execution_context = context
+            inspector.execution_context = execution.context
             return read_layers(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
 
     def profile(self, batch: Mapping[str, np.ndarray], *, runs: int = 10) -> dict[str, list[float]]:
         """Milliseconds of each layer in each of `runs` inferences on a batch, layers in the order of execution.
 
-        The layers are timed one by one and without a CUDA graph, so their sum is not the latency of a bound step.
+        The layers are timed one by one and without a CUDA graph, so their sum is not the latency of a query.
 
         Raises:
             InputError: as for `run`, or no run was asked for.
@@ -140,89 +132,134 @@ class TensorRtRuntime(Runtime):
         profiler = make_profiler(self._trt, times)
         rows = []
         with self._working("profile its layers"):
-            context = self._new_context()
-            step = _TensorRtStep(self, context, *self._place(context, checked))
-            step()  # the first inference loads kernels
-            context.profiler = profiler
+            execution = self._execution()
+            self._put(execution, checked)
+            self._infer(execution)  # the first inference loads kernels
+            execution.context.profiler = profiler
             for _ in range(runs):
-                step()
+                self._infer(execution)
                 rows.append(times.take())
         return {layer: [row.get(layer, 0.0) for row in rows] for layer in rows[0]}
 
-    def _run(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _run(self, batch: Batch) -> dict[str, np.ndarray]:
         with self._working("run"):
-            if self._run_context is None:
-                self._run_context = self._new_context()
-            step = _TensorRtStep(self, self._run_context, *self._place(self._run_context, batch))
-            step()
-            return step.outputs()
+            execution = self._idle_execution()
+            self._put(execution, batch)
+            self._infer(execution)
+            return {name: self._device.take(tensor) for name, tensor in execution.outputs.items()}
 
-    def _bind(self, batch: dict[str, np.ndarray]) -> "_TensorRtStep":
-        with self._working("bind a batch"):
-            context = self._new_context()
-            step = _TensorRtStep(self, context, *self._place(context, batch))
-            step()  # the first enqueue of a context does what belongs to its shape, and must not be captured
+    def _prepare(self, pool: list[Batch]) -> list[Tensors]:
+        for name, array in pool[0].items():
+            self._require_in_range(name, array.shape)
+        with self._working("hold a pool of batches"):
+            return pin(self._device, self.inputs, pool)
+
+    def _lane(self, prepared: Sequence[Tensors]) -> Lane:
+        with self._working("make a lane"):
+            execution = self._execution()
+            first = {spec.name: here for spec, here in zip(self.inputs, prepared[0], strict=True)}
+            self._set_shapes(execution, {name: tuple(here.shape) for name, here in first.items()})
+            self._attach(execution, {name: self._device.empty(here.shape, here.dtype) for name, here in first.items()})
+            lane = CudaLane(
+                execution.stream,
+                prepared,
+                tuple(execution.inputs.values()),
+                partial(self._compute, execution),
+                {name: self._device.pinned(it.shape, it.dtype) for name, it in execution.outputs.items()},
+                self._failed,
+            )
+            lane.query(0)  # the first enqueue of a context does what belongs to its shape, and must not be captured
             if self._cuda_graph and self._graph_problem is None:
-                self._capture(step, context)
-        self._steps.add(step)
-        return step
+                self._capture(lane, execution)
+        self._lanes.append((lane, execution))
+        return lane
 
-    def _capture(self, step: "_TensorRtStep", context: "tensorrt.IExecutionContext") -> None:
+    def _capture(self, lane: CudaLane, execution: "_Execution") -> None:
         try:
-            step.launch = self._device.capture(self._stream, partial(self._enqueue, context))
-            self._captured += 1
+            replay = self._device.capture(execution.stream, partial(self._enqueue, execution))
         except (RuntimeError, WorkError) as error:
             self._graph_problem = first_line(error)
             logger.warning(
                 "%s runs without CUDA graphs, as one could not be captured: %s", self._path.name, self._graph_problem
             )
+            return
+        computed = tuple(execution.outputs.values())
+
+        def compute() -> Tensors:
+            replay()
+            return computed
+
+        lane.compute = compute
+        self._graphs += 1
 
     def _graph_state(self) -> str:
         if not self._cuda_graph:
             return "off"
         if self._graph_problem is not None:
             return f"not captured: {self._graph_problem}"
-        return "captured" if self._captured else "not captured: no batch has been bound yet"
+        return "captured" if self._graphs else "not captured: no lane has been made yet"
 
-    def _enqueue(self, context: "tensorrt.IExecutionContext") -> None:
-        """Start one inference on the stream."""
-        with self._device.current():
-            if not context.execute_async_v3(self._stream.handle):
-                raise self._failure("start an inference")
+    def _compute(self, execution: "_Execution") -> Tensors:
+        self._enqueue(execution)
+        return tuple(execution.outputs.values())
 
-    def _new_context(self) -> "tensorrt.IExecutionContext":
-        context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    def _infer(self, execution: "_Execution") -> None:
+        """One inference on what the context is bound to; complete on return."""
+        with execution.stream.inside:
+            self._enqueue(execution)
+        execution.stream.synchronize()
+
+    def _enqueue(self, execution: "_Execution") -> None:
+        """Start one inference on its stream, which must be the current one."""
+        if not execution.context.execute_async_v3(execution.stream.handle):
+            raise self._failure("start an inference")
+
+    def _idle_execution(self) -> "_Execution":
+        """The one that no lane has."""
+        if self._plain is None:
+            self._plain = self._execution()
+        return self._plain
+
+    def _execution(self) -> "_Execution":
+        context = self._engine.create_execution_context()  # with scratch memory of its own
         if context is None:
             raise self._failure("create an execution context")
-        context.set_device_memory(self._scratch.data_ptr(), self._scratch.nbytes)
-        if not context.set_optimization_profile_async(0, self._stream.handle):
+        stream = self._device.stream()
+        if not context.set_optimization_profile_async(0, stream.handle):
             raise self._failure("select its optimisation profile")
-        self._stream.synchronize()
-        return context
+        stream.synchronize()
+        return _Execution(context, stream)
 
-    def _place(
-        self, context: "tensorrt.IExecutionContext", batch: Mapping[str, np.ndarray]
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Copy the batch to the GPU, allocate the outputs, and bind both to the context by their addresses."""
-        for name, array in batch.items():
-            self._set_shape(context, name, array.shape)
+    def _put(self, execution: "_Execution", batch: Batch) -> None:
+        """Copy a batch to the GPU and bind the context to it."""
+        self._set_shapes(execution, {name: array.shape for name, array in batch.items()})
+        self._attach(execution, {name: self._device.put(array) for name, array in batch.items()})
+
+    def _attach(self, execution: "_Execution", inputs: dict[str, torch.Tensor]) -> None:
+        """Allocate the outputs for the shapes that are set, and give the context the addresses of all tensors."""
+        context = execution.context
         missing = context.infer_shapes()
         if missing:
             raise WorkError(
                 f"TensorRT cannot infer the shapes of {self._path.name} from its inputs: {', '.join(missing)} "
                 "lack a value; build the engine of a network whose shapes depend on the images' shape alone."
             )
-        inputs = {name: self._device.put(array) for name, array in batch.items()}
         outputs = {
             spec.name: self._device.empty(tuple(context.get_tensor_shape(spec.name)), self._tensors.dtypes[spec.name])
             for spec in self.outputs
         }
+        execution.inputs, execution.outputs = inputs, outputs
         for name, tensor in (inputs | outputs).items():
             if not context.set_tensor_address(name, tensor.data_ptr()):
                 raise self._failure(f"bind {name}")
-        return inputs, outputs
 
-    def _set_shape(self, context: "tensorrt.IExecutionContext", name: str, shape: tuple[int, ...]) -> None:
+    def _set_shapes(self, execution: "_Execution", shapes: Mapping[str, tuple[int, ...]]) -> None:
+        for name, shape in shapes.items():
+            self._require_in_range(name, shape)
+            if not execution.context.set_input_shape(name, shape):
+                raise self._failure(f"take {name} of shape {shape}")
+
+    def _require_in_range(self, name: str, shape: tuple[int, ...]) -> None:
         profile = self._tensors.profiles[name]
         low, best, high = profile.minimum[0], profile.optimum[0], profile.maximum[0]
         if not low <= shape[0] <= high:
@@ -231,12 +268,6 @@ class TensorRtRuntime(Runtime):
                 f"{high}; build it again with espalier engine MODEL.onnx --batch "
                 f"{min(low, shape[0])}:{best}:{max(high, shape[0])}."
             )
-        if not context.set_input_shape(name, shape):
-            raise self._failure(f"take {name} of shape {shape}")
-
-    def _require_open(self) -> None:
-        if self._closed:
-            raise InputError(CLOSED)
 
     @contextmanager
     def _working(self, what: str) -> Iterator[None]:
@@ -263,6 +294,9 @@ class TensorRtRuntime(Runtime):
             "free memory of the GPU, give a smaller batch, or build the engine for smaller ones."
         )
 
+    def _failed(self, error: RuntimeError) -> WorkError:
+        return WorkError(f"TensorRT failed on {self._path.name}: {first_line(error)}.")
+
     def _undeserialised(self) -> WorkError | InputError:
         if self._errors.out_of_memory:
             return self._failure("load it")
@@ -272,38 +306,11 @@ class TensorRtRuntime(Runtime):
         )
 
 
-class _TensorRtStep(Step):
-    """One batch on the GPU, bound to an execution context; `launch` starts the inference."""
+class _Execution:
+    """An execution context, the stream that it works on, and the tensors that it is bound to by their addresses."""
 
-    def __init__(
-        self,
-        owner: TensorRtRuntime,
-        context: "tensorrt.IExecutionContext",
-        inputs: dict[str, torch.Tensor],
-        outputs: dict[str, torch.Tensor],
-    ) -> None:
-        # A graph holds addresses of the tensors and of the context's memory: all are kept as long as `launch`.
-        self.launch: Callable[[], None] | None = partial(owner._enqueue, context)
-        self._owner = owner
-        self._context: tensorrt.IExecutionContext | None = context
-        self._inputs = inputs
-        self._outputs = outputs
-
-    def __call__(self) -> None:
-        if self.launch is None:
-            raise InputError(CLOSED)
-        try:
-            self.launch()
-            self._owner._stream.synchronize()
-        except RuntimeError as error:
-            raise WorkError(f"TensorRT failed on {self._owner._path.name}: {first_line(error)}.") from error
-
-    def outputs(self) -> dict[str, np.ndarray]:
-        if self.launch is None:
-            raise InputError(CLOSED)
-        return {name: self._owner._device.take(tensor) for name, tensor in self._outputs.items()}
-
-    def release(self) -> None:
-        self.launch = None
-        self._context = None
-        self._inputs, self._outputs = {}, {}
+    def __init__(self, context: "tensorrt.IExecutionContext", stream: cuda.Stream) -> None:
+        self.context = context
+        self.stream = stream
+        self.inputs: dict[str, torch.Tensor] = {}
+        self.outputs: dict[str, torch.Tensor] = {}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from benchmarks.harness import numerals
-from benchmarks.harness.results import BatchMeasurement
+from benchmarks.harness.cells import BatchMeasurement
 
 NEAR_PEAK: Final = 0.95
 """A size is preferred only if it gives at least this fraction of the highest throughput measured."""

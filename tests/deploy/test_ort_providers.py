@@ -20,6 +20,8 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from compress.errors import InputError, WorkError
 from deploy.runtimes import open_runtime, ort_providers
 from tests.deploy.two_pixels import CASTS, NETWORK, described, images
+from tests.fakes.cuda import fake_cuda
+from tests.fakes.machine import Machine
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 
@@ -146,8 +148,11 @@ class Binding:
         assert value.device == "cuda"
         self.real.bind_ortvalue_output(name, value.real)
 
-    def synchronize_outputs(self) -> None:
-        pass
+    def bind_output(self, name: str) -> None:
+        self.real.bind_output(name)
+
+    def get_outputs(self) -> list["Value"]:
+        return [Value(value, "cpu") for value in self.real.get_outputs()]
 
 
 class Value:
@@ -171,8 +176,8 @@ class Value:
     ) -> "Value":
         return cls(REAL_VALUE.ortvalue_from_shape_and_type(shape, element), device)
 
-    def update_inplace(self, other: "Value") -> None:
-        self.real.update_inplace(other.real)
+    def update_inplace(self, other: "Value | np.ndarray") -> None:
+        self.real.update_inplace(other if isinstance(other, np.ndarray) else other.real)
 
     def device_name(self) -> str:
         return self.device
@@ -206,6 +211,7 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> GpuBuild:
     """A machine with a GPU, onnxruntime-gpu and TensorRT 10."""
     build = GpuBuild()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("deploy.runtimes.cuda.CudaDevice", fake_cuda(Machine("NVIDIA H200", (9, 0))))
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [TENSORRT, CUDA, CPU])
     monkeypatch.setattr(onnxruntime, "InferenceSession", build.open)
     monkeypatch.setattr(onnxruntime, "OrtValue", Value)
@@ -271,14 +277,17 @@ def test_tensorrt_keeps_its_engines_by_the_file_content(build: GpuBuild, path: P
 
 
 @pytest.mark.parametrize("network", [NETWORK, CASTS])
-def test_run_and_bind(build: GpuBuild, path: Path, runtime: str, network: str) -> None:
+def test_runs_and_queries(build: GpuBuild, path: Path, runtime: str, network: str) -> None:
     onnx.save(onnx.parser.parse_model(network), path)
     with open_runtime(path, device="cuda", runtime=runtime) as opened:
         batch = {"images": images((1, 0), (1, 2))["images"].astype(opened.inputs[0].dtype)}
-        step = opened.bind(batch)
-        batch["images"][:] = 0  # copied to the device, unlike on the CPU
-        step()
-        np.testing.assert_array_equal(step.outputs()["logits"].astype(np.float32), [[1, 2], [7, 10]])
+        lane = opened.lane([batch, {"images": 0 * batch["images"]}])
+        for index, expected in ((1, [[0, 0], [0, 0]]), (0, [[1, 2], [7, 10]])):
+            lane.query(index)
+            np.testing.assert_array_equal(lane.outputs()["logits"].astype(np.float32), expected)
+        found = lane.stages(0)
+        assert found.issued_ns == found.enqueued_ns < found.done_ns
+        assert found.compute_ms is None
         batch["images"][:] = 1
         np.testing.assert_array_equal(opened.run(batch)["logits"].astype(np.float32), [[4, 6], [4, 6]])
 
@@ -286,17 +295,19 @@ def test_run_and_bind(build: GpuBuild, path: Path, runtime: str, network: str) -
 def test_cuda_graphs(build: GpuBuild, path: Path, runtime: str) -> None:
     with open_runtime(path, device="cuda", runtime=f"{runtime}:cuda_graph=true") as opened:
         assert not any(session.graph for session in build.sessions)
-        batches = [images((1, 0)), images((0, 1)), images((1, 0), (1, 2))]
-        steps = [opened.bind(batch) for batch in batches]
+        pools = [[images((1, 0)), images((0, 1))], [images((0, 2))], [images((1, 0), (1, 2))]]
+        lanes = [opened.lane(pool) for pool in pools]
         for _ in range(2):
-            for batch, step in zip(batches, steps, strict=True):
-                step()
-                np.testing.assert_array_equal(step.outputs()["logits"], opened.run(batch)["logits"])
+            for pool, lane in zip(pools, lanes, strict=True):
+                for index, batch in enumerate(pool):
+                    lane.query(index)
+                    np.testing.assert_array_equal(lane.outputs()["logits"], opened.run(batch)["logits"])
         assert opened.description()["cuda_graph"]
     graphs = [session for session in build.sessions if session.graph]
     assert all(session.strict for session in graphs)
-    # A session of the CUDA provider holds many graphs, one of TensorRT's a single one.
-    assert [len(session.bound) for session in graphs] == ([3] if "cuda:" in f"{runtime}:" else [1, 1, 1])
+    assert [len(session.bound) for session in graphs] == [1, 1, 1], (
+        "lanes work at the same time, graphs of one session not"
+    )
 
 
 def test_cuda_graph_and_fallback_exclude_each_other(build: GpuBuild, path: Path, runtime: str) -> None:
@@ -454,4 +465,4 @@ def test_int8_for_the_cpu_is_refused_on_a_gpu(
 def test_files_that_suit_a_gpu(build: GpuBuild, path: Path, runtime: str, precision: str, target: str) -> None:
     described(path, precision, target)
     opened = open_runtime(path, device="cuda", runtime=runtime)
-    opened.bind(images((1, 2)))()
+    opened.lane([images((1, 2))]).query(0)

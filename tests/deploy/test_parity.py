@@ -11,7 +11,7 @@ from compress.errors import InputError, WorkError
 from compress.training.evaluation import evaluate
 from deploy.export import export_onnx
 from deploy.parity import TIE, TOLERANCES, Parity, Tolerance, check_parity, evaluate_runtime, top1_agreement
-from deploy.runtimes import Runtime, Step, TensorSpec, open_runtime
+from deploy.runtimes import Lane, Runtime, TensorSpec, open_runtime
 
 
 class Table(Runtime):
@@ -28,7 +28,7 @@ class Table(Runtime):
         self.batch_sizes.append(len(numbers))
         return {"logits": self._rows[numbers]}
 
-    def _bind(self, batch: dict[str, np.ndarray]) -> Step:
+    def _lane(self, prepared: object) -> Lane:
         raise NotImplementedError
 
     def description(self) -> dict:

@@ -19,7 +19,7 @@ from deploy.measuring import bound, output_widths, pool_batches, rotating
 from deploy.recipe import Recipe
 from deploy.recipe_text import read_recipe
 from deploy.run_directory import RunDirectory
-from deploy.runtimes import Runtime, Step, TensorSpec
+from deploy.runtimes import Lane, Runtime, TensorSpec
 from deploy.serving import Serving
 from deploy.stages import Run
 
@@ -231,17 +231,19 @@ class TestMeasuring:
         def _run(self, batch: Any) -> Any:
             raise NotImplementedError
 
-        def _bind(self, batch: Any) -> Step:
+        def _lane(self, prepared: Any) -> Lane:
             runtime = self
 
-            class Bound(Step):
-                def __call__(self) -> None:
-                    runtime.seen.append(float(batch["x"][0, 0]))
+            class Noted(Lane):
+                size = len(prepared)
+
+                def query(self, index: int) -> None:
+                    runtime.seen.append(float(prepared[index]["x"][0, 0]))
 
                 def outputs(self) -> Any:
                     raise NotImplementedError
 
-            return Bound()
+            return Noted()
 
     def test_queries_take_the_batches_in_turn(self) -> None:
         runtime = self.Noting()

@@ -25,7 +25,7 @@ from deploy.export import export_onnx
 from deploy.images import prepare, split_images
 from deploy.metadata import Metadata
 from deploy.predictor import Prediction, Predictor, load
-from deploy.runtimes import Runtime, Step, TensorSpec, open_runtime
+from deploy.runtimes import Lane, Runtime, TensorSpec, open_runtime
 
 NAMES = ("cat", "dog", "fox", "hen", "owl")
 SIDE, RESIZED = 16, 20
@@ -96,7 +96,7 @@ class Echo(Runtime):
         self.batches.append(batch["images"])
         return {"logits": batch["images"].reshape(-1, 4)[:, :3]}
 
-    def _bind(self, batch: dict[str, np.ndarray]) -> Step:
+    def _lane(self, prepared: object) -> Lane:
         raise NotImplementedError
 
 

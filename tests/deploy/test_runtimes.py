@@ -1,7 +1,7 @@
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 from compress.errors import InputError, MissingExtraError, WorkError
-from deploy.runtimes import RUNTIMES, Kind, Runtime, TensorSpec, open_runtime
+from deploy.runtimes import RUNTIMES, Kind, Lane, Runtime, TensorSpec, open_runtime
 from deploy.runtimes.bfloat16 import BFLOAT16
-from deploy.runtimes.pytorch import WARM_UP_RUNS, _GraphStep, _PyTorchStep
+from deploy.runtimes.pytorch import WARM_UP_RUNS, PyTorchRuntime
 from tests.deploy.two_pixels import CASTS, NETWORK, described, images
+from tests.fakes.cuda import FakeCuda, FakeStream
+from tests.fakes.machine import Machine
 
 
 class Linear(nn.Module):
@@ -56,9 +58,16 @@ def test_logits_by_hand(runtime: Runtime) -> None:
 def test_input_that_is_not_contiguous(runtime: Runtime) -> None:
     batch = np.array([[1, 9, 2, 9]], np.float32).reshape(1, 1, 1, 4)[..., ::2]
     np.testing.assert_array_equal(runtime.run({"images": batch})["logits"], [[7, 10]])
-    step = runtime.bind({"images": batch})
-    step()
-    np.testing.assert_array_equal(step.outputs()["logits"], [[7, 10]])
+    assert answers(runtime.lane([{"images": batch}])) == [[[7, 10]]]
+
+
+def answers(lane: Lane) -> list[list]:
+    """The logits of each batch of a lane."""
+    found = []
+    for index in range(lane.size):
+        lane.query(index)
+        found.append(lane.outputs()["logits"].tolist())
+    return found
 
 
 @pytest.mark.parametrize(
@@ -82,7 +91,7 @@ def test_wrong_input_is_refused(runtime: Runtime, batch: dict, message: str) -> 
     with pytest.raises(InputError, match=message):
         runtime.run(batch)
     with pytest.raises(InputError, match=message):
-        runtime.bind(batch)
+        runtime.lane([images((1, 0)), batch])
 
 
 def test_wrong_fixed_size_is_refused_with_the_spec(path: Path) -> None:
@@ -90,23 +99,101 @@ def test_wrong_fixed_size_is_refused_with_the_spec(path: Path) -> None:
         open_runtime(path).run({"images": np.zeros((1, 1, 1, 3), np.float32)})
 
 
-def test_bound_step_equals_run(runtime: Runtime) -> None:
-    batch = images((1, 0), (0, 1), (1, 2))
-    step = runtime.bind(batch)
-    step()
-    np.testing.assert_array_equal(step.outputs()["logits"], runtime.run(batch)["logits"])
+def test_queries_answer_their_batches_in_any_order(runtime: Runtime) -> None:
+    pool = [images((1, 0), (0, 1)), images((1, 2), (2, 1)), images((0, 0), (1, 1))]
+    lane = runtime.lane(pool)
+    assert lane.size == 3
+    for index in (2, 0, 1, 0, 0):
+        lane.query(index)
+        np.testing.assert_array_equal(lane.outputs()["logits"], runtime.run(pool[index])["logits"])
 
 
-def test_bound_step_writes_into_the_same_memory_each_time(path: Path) -> None:
-    batch = images((1, 0))
-    step = open_runtime(path).bind(batch)
-    step()
-    first = step.outputs()["logits"]
+def test_lanes_share_the_pool_and_not_the_outputs(runtime: Runtime) -> None:
+    pool = [images((1, 0)), images((0, 1))]
+    first, second = runtime.lane(pool), runtime.lane(pool)
+    first.query(0)
+    second.query(1)
+    assert (first.outputs()["logits"].tolist(), second.outputs()["logits"].tolist()) == ([[1, 2]], [[3, 4]])
+    pool[0]["images"][:] = 10  # in place, not copied
+    assert answers(first)[0] == answers(second)[0] == [[40, 60]]
+
+
+def test_another_pool_is_read_anew(runtime: Runtime) -> None:
+    kept = runtime.lane([images((1, 0))])
+    assert answers(runtime.lane([images((0, 1), (1, 2))])) == [[[3, 4], [7, 10]]]
+    assert answers(kept) == [[[1, 2]]]
+
+
+def test_lanes_work_at_the_same_time(runtime: Runtime) -> None:
+    pool = [images((number, 1)) for number in range(50)]
+    expected = [[[number + 3, 2 * number + 4]] for number in range(50)]
+    found: dict[int, list] = {}
+    lanes = [runtime.lane(pool) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda lane=lane, place=place: found.update({place: answers(lane)}))
+        for place, lane in enumerate(lanes)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == dict.fromkeys(range(4), expected)
+
+
+def test_stages_of_a_query_on_the_cpu(runtime: Runtime) -> None:
+    lane = runtime.lane([images((1, 0)), images((0, 1))])
+    before = time.perf_counter_ns()
+    found = lane.stages(1)
+    assert before <= found.issued_ns == found.enqueued_ns < found.done_ns <= time.perf_counter_ns()
+    assert (found.h2d_ms, found.compute_ms, found.d2h_ms) == (None, None, None)
+    assert lane.outputs()["logits"].tolist() == [[3, 4]]
+
+
+def test_pools_that_cannot_be_used(runtime: Runtime) -> None:
+    with pytest.raises(InputError, match="holds no batch"):
+        runtime.lane([])
+    with pytest.raises(
+        InputError, match=r"Batch 1 of the pool has images of shape \(2, 1, 1, 2\), but batch 0 has \(1, 1, 1, 2\)"
+    ):
+        runtime.lane([images((1, 0)), images((1, 0), (0, 1))])
+    runtime.close()
+    with pytest.raises(InputError, match="closed"):
+        runtime.lane([images((1, 0))])
+
+
+def test_onnx_runtime_writes_into_the_same_memory_each_time(path: Path) -> None:
+    lane = open_runtime(path).lane([images((1, 0)), images((0, 1))])
+    lane.query(0)
+    first = lane.outputs()["logits"]
     address = first.ctypes.data
-    batch["images"][:] = 10  # bound, not copied: the next call reads the new pixels into the old buffer
-    step()
-    np.testing.assert_array_equal(first, [[40, 60]])
-    assert step.outputs()["logits"].ctypes.data == address
+    lane.query(1)
+    np.testing.assert_array_equal(first, [[3, 4]])
+    assert lane.outputs()["logits"].ctypes.data == address
+
+
+def test_outputs_whose_shape_only_a_run_can_tell(path: Path) -> None:
+    network = NETWORK.replace("(float[batch, 2] logits)", "(float[batch, 2] logits, int64[2, found] places)").replace(
+        "logits = MatMul(pixels, weight)", "logits = MatMul(pixels, weight)\n    places = NonZero(pixels)"
+    )
+    onnx.save(onnx.parser.parse_model(network), path)
+    runtime = open_runtime(path)
+    pool = [images((1, 0)), images((1, 2)), images((0, 0)), images((0, 3))]
+    lane = runtime.lane(pool)
+    for index, places in ((0, [[0], [0]]), (1, [[0, 0], [0, 1]]), (2, [[], []]), (3, [[0], [1]])):
+        lane.query(index)
+        found = lane.outputs()
+        assert list(found) == ["logits", "places"]
+        assert found["places"].tolist() == places
+        np.testing.assert_array_equal(found["logits"], runtime.run(pool[index])["logits"])
+
+
+def test_a_lane_over_many_tiny_batches_is_made_at_once(runtime: Runtime) -> None:
+    pool = [images((1, 0))] * 16_384
+    lane = runtime.lane(pool)
+    began = time.perf_counter()
+    runtime.lane(pool)
+    assert time.perf_counter() - began < 0.16384, "10 µs for each batch, which the first lane has made ready"
+    assert lane.size == 16_384
 
 
 def test_specs_of_a_file(path: Path) -> None:
@@ -130,6 +217,28 @@ def test_description_proves_the_provider_and_leaves_no_profile(
 def test_threads_default_to_those_of_pytorch(path: Path) -> None:
     assert open_runtime(path).description()["threads"] == torch.get_num_threads()
     assert open_runtime(Linear()).description()["threads"] == torch.get_num_threads()
+
+
+def test_lane_in_another_thread_keeps_to_its_number_of_threads() -> None:
+    """PyTorch's convolutions ask OpenMP, whose number is another in every thread."""
+    before = torch.get_num_threads()
+    try:
+        lane = open_runtime(nn.Conv2d(64, 64, 3), threads=1).lane([{"images": np.ones((8, 64, 56, 56), np.float32)}])
+        used: list[float] = []
+
+        def work() -> None:
+            lane.query(0)
+            cpu, wall = time.process_time(), time.perf_counter()
+            for _ in range(5):
+                lane.query(0)
+            used.append((time.process_time() - cpu) / (time.perf_counter() - wall))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert used[0] < 1.4
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_module_is_in_eval_mode_until_closed() -> None:
@@ -299,9 +408,9 @@ def test_channels_last_is_numerically_equal_and_leaves_the_model_alone() -> None
     strides = model.convolution.weight.stride()
     batch = {"images": np.random.default_rng(0).standard_normal((2, 3, 8, 8), np.float32)}
     with open_runtime(model, runtime="pytorch:channels_last=true") as runtime, open_runtime(model) as usual:
-        step = runtime.bind(batch)
-        step()
-        for outputs in (runtime.run(batch), step.outputs()):
+        lane = runtime.lane([batch])
+        lane.query(0)
+        for outputs in (runtime.run(batch), lane.outputs()):
             np.testing.assert_allclose(outputs["logits"], usual.run(batch)["logits"], rtol=1e-5)
         assert runtime.description()["channels_last"]
         assert not usual.description()["channels_last"]
@@ -326,10 +435,10 @@ def test_compiled_network_agrees_and_counts_its_graphs() -> None:
         # Above the 8 shapes after which torch.compile by itself goes back to eager mode.
         for size in (*range(1, 11), 1):
             batch = {"images": np.random.default_rng(size).standard_normal((size, 3, 8, 8), np.float32)}
-            step = runtime.bind(batch)
-            step()
+            lane = runtime.lane([batch])
+            lane.query(0)
             assert_close = np.testing.assert_allclose
-            assert_close(step.outputs()["logits"], expected.run(batch)["logits"], rtol=1e-4, atol=1e-5)
+            assert_close(lane.outputs()["logits"], expected.run(batch)["logits"], rtol=1e-4, atol=1e-5)
         found = runtime.description()
         assert (found["compile"], found["channels_last"], found["compiled_graphs"]) == (True, True, 10)
 
@@ -342,7 +451,7 @@ class Branching(nn.Module):
 @torch._dynamo.config.patch(suppress_errors=True)
 def test_network_that_cannot_be_compiled_whole_is_refused() -> None:
     runtime = open_runtime(Branching(), runtime="pytorch:compile=true")
-    for refused in (runtime.bind, runtime.run):
+    for refused in (lambda batch: runtime.lane([batch]), runtime.run):
         with pytest.raises(WorkError, match=r"torch\.compile failed on Branching for images of shape \(1, 1, 1, 2\): "):
             refused(images((1, 0)))
 
@@ -354,70 +463,129 @@ def test_compiler_that_fails_is_no_eager_run(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: broken)
     with pytest.raises(WorkError, match=r"torch\.compile failed on Linear .*no space left for the compiler"):
-        open_runtime(Linear(), runtime="pytorch:compile=true").bind(images((1, 0)))
+        open_runtime(Linear(), runtime="pytorch:compile=true").lane([images((1, 0))])
 
 
 def test_compiler_that_is_switched_off_is_no_eager_run(monkeypatch: pytest.MonkeyPatch) -> None:
     refused = pytest.raises(WorkError, match=r"compiled nothing of Linear, because it is switched off \(TORCH_COMPILE_")
     with torch._dynamo.config.patch(disable=True), refused:
-        open_runtime(Linear(), runtime="pytorch:compile=true").bind(images((1, 0)))
+        open_runtime(Linear(), runtime="pytorch:compile=true").lane([images((1, 0))])
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)  # what other ways of doing it come to
     with refused:
         open_runtime(Linear(), runtime="pytorch:compile=true").run(images((1, 0)))
 
 
-class Recorder:
-    """Stands in for what of torch.cuda a captured step touches; notes the order."""
+# --- PyTorch on a GPU: what can be held to account without one -------------------------------------------------------
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: bool = False) -> None:
+
+class EagerStream(FakeStream):
+    """PyTorch computes on the CPU here, and at once; so a copy that it reads from is done at once, too."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        super().copy(target, source)
+        self.calls.append("copy")
+        FakeStream.synchronize(self)
+
+    def mark(self) -> object:
+        self.calls.append("mark")
+        return super().mark()
+
+    def synchronize(self) -> None:
+        self.calls.append("synchronize")
+        super().synchronize()
+
+
+class EagerGpu(FakeCuda):
+    """The fake GPU with such streams; a graph that is replayed computes anew, into the same memory."""
+
+    machine = Machine("NVIDIA H200", (9, 0))
+    fails = False
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cuda"))
         self.calls: list[str] = []
-        stream = SimpleNamespace(wait_stream=lambda other: self.calls.append("wait"))
 
-        @contextmanager
-        def inside(name: str) -> Iterator[None]:
-            self.calls.append(name)
-            yield
+    def stream(self) -> EagerStream:
+        stream = EagerStream()
+        stream.calls = self.calls
+        return stream
 
-        @contextmanager
-        def capturing(graph: object) -> Iterator[None]:
-            self.calls.append("capture")
-            if fails:
-                raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might be")
-            yield
-
-        graph = SimpleNamespace(replay=lambda: self.calls.append("replay"))
-        replaced = {
-            "device": lambda device: inside("device"),
-            "stream": lambda side: inside("side stream"),
-            "Stream": lambda: stream,
-            "current_stream": lambda: stream,
-            "CUDAGraph": lambda: graph,
-            "graph": capturing,
-            "synchronize": lambda device: self.calls.append("synchronize"),
-        }
-        for name, stand_in in replaced.items():
-            monkeypatch.setattr(torch.cuda, name, stand_in)
+    def capture(self, stream: FakeStream, work: object) -> object:
+        self.calls.append("capture")
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might be")
+        work()
+        self.calls.append("captured")
+        return lambda: self.calls.append("replay")
 
 
-def test_cuda_graph_is_captured_after_warm_up_on_a_side_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder(monkeypatch)
-    model = nn.Flatten()
-    model.register_forward_hook(lambda *_: recorder.calls.append("forward"))
-    step = _GraphStep(_PyTorchStep(model, torch.ones(1, 1, 1, 2)))
-    forwards = ["forward"] * WARM_UP_RUNS
-    before = ["device", "wait", "side stream", *forwards, "wait", "capture", "forward"]
-    assert recorder.calls == before
-    step()
-    assert recorder.calls == [*before, "replay", "synchronize"]
-    np.testing.assert_array_equal(step.outputs()["logits"], [[1, 1]])
+class OnDevice(nn.Module):
+    """Flattens; notes when, and gives its outputs as new memory of the fake GPU."""
+
+    def __init__(self, gpu: EagerGpu) -> None:
+        super().__init__()
+        self.gpu = gpu
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.gpu.calls.append("forward")
+        return self.gpu.put(images.flatten(1).numpy().copy())
 
 
-def test_capture_that_fails_is_no_eager_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    Recorder(monkeypatch, fails=True)
+def cuda_lane(gpu: EagerGpu, model: nn.Module, *, cuda_graph: bool = False) -> Lane:
+    runtime = PyTorchRuntime(model)
+    runtime._cuda_graph = cuda_graph
+    pinned = gpu.pin([images((1, 2))["images"], images((3, 4))["images"]])
+    return runtime._cuda_lane(gpu, [(batch,) for batch in pinned])
+
+
+def test_query_on_a_gpu_copies_there_computes_and_copies_back() -> None:
+    gpu = EagerGpu()
+    lane = cuda_lane(gpu, OnDevice(gpu))
+    assert gpu.calls == ["copy", *["forward"] * WARM_UP_RUNS, "synchronize"]
+    gpu.calls.clear()
+    lane.query(1)
+    assert gpu.calls == ["copy", "forward", "copy", "synchronize"]
+    assert lane.outputs()["logits"].tolist() == [[3, 4]]
+    gpu.calls.clear()
+    found = lane.stages(0)
+    assert gpu.calls == ["mark", "copy", "mark", "forward", "mark", "copy", "mark", "synchronize"]
+    assert found.issued_ns < found.enqueued_ns < found.done_ns
+    assert (found.h2d_ms, found.compute_ms, found.d2h_ms) == pytest.approx((0.01, 0.01, 0.01))
+    assert lane.outputs()["logits"].tolist() == [[1, 2]]
+
+
+def test_cuda_graph_is_captured_after_warm_up_and_replayed() -> None:
+    gpu = EagerGpu()
+    lane = cuda_lane(gpu, OnDevice(gpu), cuda_graph=True)
+    before = ["copy", *["forward"] * WARM_UP_RUNS, "synchronize", "capture", "forward", "captured"]
+    assert gpu.calls == before
+    lane.query(0)
+    assert gpu.calls == [*before, "copy", "replay", "copy", "synchronize"]
+    assert lane.outputs()["logits"].tolist() == [[1, 2]]
+
+
+def test_capture_that_fails_is_no_eager_run() -> None:
+    gpu = EagerGpu()
+    gpu.fails = True
     with pytest.raises(
         WorkError, match=r"as a CUDA graph: operation not permitted when stream is capturing; leave out"
     ):
-        _GraphStep(_PyTorchStep(nn.Flatten(), torch.ones(1, 1, 1, 2)))
+        cuda_lane(gpu, OnDevice(gpu), cuda_graph=True)
+
+
+def test_module_that_fails_on_a_gpu() -> None:
+    class Failing(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    class Tuple(nn.Module):
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor]:
+            return (images,)
+
+    with pytest.raises(WorkError, match=r"PyTorch failed on a batch of shape \(1, 1, 1, 2\): CUDA out of memory"):
+        cuda_lane(EagerGpu(), Failing())
+    with pytest.raises(InputError, match="returned a tuple"):
+        cuda_lane(EagerGpu(), Tuple())
 
 
 # --- bfloat16 --------------------------------------------------------------------------------------------------------
@@ -429,9 +597,9 @@ def test_bfloat16_inputs_and_outputs(kind: str, path: Path) -> None:
     runtime = open_runtime(path if kind == "onnxruntime" else Linear().bfloat16())
     assert [spec.dtype for spec in (*runtime.inputs, *runtime.outputs)] == ["bfloat16", "bfloat16"]
     batch = {"images": images((1, 0), (1, 2))["images"].astype("bfloat16")}
-    step = runtime.bind(batch)
-    step()
-    for outputs in (runtime.run(batch), step.outputs()):
+    lane = runtime.lane([batch])
+    lane.query(0)
+    for outputs in (runtime.run(batch), lane.outputs()):
         assert outputs["logits"].dtype == BFLOAT16
         np.testing.assert_array_equal(outputs["logits"].astype(np.float32), [[1, 2], [7, 10]])
     with pytest.raises(InputError, match="has dtype float32, but the network takes bfloat16"):
@@ -470,7 +638,7 @@ def test_int8_for_gpus_is_refused_on_the_cpu_but_for_its_numbers(path: Path) -> 
     np.testing.assert_array_equal(runtime.run(images((1, 2)))["logits"], [[7, 10]])
     assert runtime.description()["numbers_only"]
     with pytest.raises(InputError, match=r"opened on the CPU to verify its numbers, so it cannot be timed"):
-        runtime.bind(images((1, 2)))
+        runtime.lane([images((1, 2))])
 
 
 def test_fp8_is_refused_on_the_cpu_but_for_its_numbers(path: Path) -> None:
@@ -498,15 +666,17 @@ def test_files_that_suit_the_cpu(path: Path, precision: str, target: str) -> Non
     described(path, precision, target)
     runtime = open_runtime(path, for_verification=True)
     assert not runtime.description()["numbers_only"]
-    runtime.bind(images((1, 2)))()
+    assert answers(runtime.lane([images((1, 2))])) == [[[7, 10]]]
 
 
-def test_step_that_fails_is_a_work_error(path: Path) -> None:
-    runtime = open_runtime(path)
-    step = runtime.bind(images((1, 0)))
-    step._binding.clear_binding_inputs()
+def test_query_that_fails_is_a_work_error(path: Path) -> None:
+    onnx.save(onnx.parser.parse_model(NETWORK.replace("shape = {-1, 2}", "shape = {4, -1}")), path)
+    lane = open_runtime(path).lane([images((1, 0))])
     with pytest.raises(WorkError, match=r"ONNX Runtime failed on network\.onnx"):
-        step()
+        lane.query(0)
+    lane = open_runtime(Linear()).lane([{"images": np.zeros((1, 1, 1, 3), np.float32)}])
+    with pytest.raises(WorkError, match=r"PyTorch failed on a batch of shape \(1, 1, 1, 3\)"):
+        lane.query(0)
 
 
 # --- devices ---------------------------------------------------------------------------------------------------------

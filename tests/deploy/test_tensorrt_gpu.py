@@ -15,7 +15,7 @@ from compress.errors import InputError
 from deploy.engine import BatchRange, BuilderSettings, build_engine
 from deploy.export import export_onnx
 from deploy.parity import check_parity
-from deploy.runtimes import open_runtime
+from deploy.runtimes import Lane, open_runtime
 from deploy.runtimes.cuda import CudaDevice
 from deploy.runtimes.tensorrt import TensorRtRuntime
 
@@ -71,18 +71,45 @@ def test_engine_agrees_with_pytorch(plan: Path) -> None:
 
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("cuda_graph", [True, False])
-def test_many_bound_batches_in_turn(plan: Path, cuda_graph: bool) -> None:
+def test_many_lanes_in_turn(plan: Path, cuda_graph: bool) -> None:
     with TensorRtRuntime(plan, cuda_graph=cuda_graph) as runtime:
-        batches = [images(count, seed) for seed, count in enumerate((4, 4, 8, 4, 1))]
-        steps = [runtime.bind(batch) for batch in batches]
+        pools = [[images(count, seed + 10 * place) for place in range(3)] for seed, count in enumerate((4, 4, 8, 1))]
+        lanes = [runtime.lane(pool) for pool in pools]
         assert runtime.description()["cuda_graph"] == ("captured" if cuda_graph else "off")
-        for _ in range(3):
-            for step, batch in zip(steps, batches, strict=True):
+        for index in (2, 0, 1, 2):
+            for lane, pool in zip(lanes, pools, strict=True):
                 runtime.run(images(2, seed=99))
-                step()
-                np.testing.assert_allclose(step.outputs()["logits"], expected(batch), rtol=1e-3, atol=1e-4)
+                lane.query(index)
+                np.testing.assert_allclose(lane.outputs()["logits"], expected(pool[index]), rtol=1e-3, atol=1e-4)
+        found = lanes[2].stages(0)
+        assert found.issued_ns < found.enqueued_ns < found.done_ns
+        parts = [found.h2d_ms, found.compute_ms, found.d2h_ms]
+        assert all(0 < part < (found.done_ns - found.issued_ns) / 1e6 for part in parts)
     with pytest.raises(InputError, match="closed"):
-        steps[0]()
+        lanes[0].query(0)
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_lanes_at_the_same_time(plan: Path, cuda_graph: bool) -> None:
+    pool = [images(4, seed) for seed in range(4)]
+    with TensorRtRuntime(plan, cuda_graph=cuda_graph) as runtime:
+        lanes = [runtime.lane(pool) for _ in range(4)]
+        wanted = [expected(batch) for batch in pool]
+        wrong: list[float] = []
+
+        def work(lane: Lane) -> None:
+            for query in range(200):
+                lane.query(query % 4)
+                wrong.append(float(np.abs(lane.outputs()["logits"] - wanted[query % 4]).max()))
+
+        threads = [threading.Thread(target=work, args=(lane,)) for lane in lanes]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(wrong) == 800
+    assert max(wrong) < 1e-3
 
 
 @pytest.mark.tensorrt
@@ -165,7 +192,8 @@ def test_graph_is_replayed_and_a_failed_capture_leaves_the_stream_usable() -> No
     with pytest.raises(RuntimeError):
         device.capture(stream, lambda: total.cpu())  # waiting for the GPU cannot be captured
     replay = device.capture(stream, add)
-    for _ in range(3):
-        replay()
+    with stream.inside:
+        for _ in range(3):
+            replay()
     stream.synchronize()
     assert device.take(total) == [3]

@@ -23,6 +23,7 @@ from deploy import manifest
 from deploy.engine import BatchRange, BuilderSettings, build_engine
 from deploy.export import export_onnx
 from deploy.parity import check_parity
+from deploy.runtimes import Lane
 from deploy.runtimes.cuda import CudaDevice, Stream
 from deploy.runtimes.tensorrt import TensorRtRuntime
 from deploy.runtimes.tensorrt_layers import Layer, LayerTensor, LayerTimes, read_layers
@@ -109,17 +110,36 @@ def test_runs_of_changing_batch(runtime: TensorRtRuntime, exported: tuple[nn.Mod
 
 
 @pytest.mark.parametrize("cuda_graph", [True, False])
-def test_many_bound_batches_in_turn(plan: Path, exported: tuple[nn.Module, Path], cuda_graph: bool) -> None:
-    """Steps of the same shape and of others, with plain runs between them: none may disturb another."""
+def test_many_lanes_in_turn(plan: Path, exported: tuple[nn.Module, Path], cuda_graph: bool) -> None:
+    """Lanes of the same shape and of others, with plain runs between them: none may disturb another."""
     with TensorRtRuntime(plan, cuda_graph=cuda_graph) as runtime:
-        batches = [images(count, seed) for seed, count in enumerate((4, 4, 8, 4, 1))]
-        steps = [runtime.bind(batch) for batch in batches]
-        for _ in range(2):
-            for step, batch in zip(steps, batches, strict=True):
+        pools = [[images(count, seed + 10 * place) for place in range(3)] for seed, count in enumerate((4, 4, 8, 1))]
+        lanes = [runtime.lane(pool) for pool in (*pools, pools[-1])]
+        for index in (2, 0, 1, 2):
+            for lane, pool in zip(lanes, (*pools, pools[-1]), strict=True):
                 runtime.run(images(2, seed=99))
-                step()
-                np.testing.assert_allclose(step.outputs()["logits"], expected(exported, batch), rtol=1e-5, atol=1e-6)
+                lane.query(index)
+                check(lane, exported, pool[index])
         assert runtime.description()["cuda_graph"] == ("captured" if cuda_graph else "off")
+        for call in (runtime.layers, lambda: runtime.profile(images(3), runs=1)):
+            call()
+            lanes[0].query(1)
+            check(lanes[0], exported, pools[0][1])
+
+
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_stages_of_a_query(plan: Path, exported: tuple[nn.Module, Path], cuda_graph: bool) -> None:
+    with TensorRtRuntime(plan, cuda_graph=cuda_graph) as runtime:
+        pool = [images(2), images(2, seed=1)]
+        lane = runtime.lane(pool)
+        found = lane.stages(1)
+    assert found.issued_ns < found.enqueued_ns < found.done_ns
+    assert (found.h2d_ms, found.compute_ms, found.d2h_ms) == pytest.approx((0.01, 0.01, 0.01))
+
+
+def check(lane: Lane, exported: tuple[nn.Module, Path], batch: dict[str, np.ndarray]) -> None:
+    """The latest query answered this batch."""
+    np.testing.assert_allclose(lane.outputs()["logits"], expected(exported, batch), rtol=1e-5, atol=1e-6)
 
 
 def test_outputs_stay_when_the_next_batch_runs(runtime: TensorRtRuntime, exported: tuple[nn.Module, Path]) -> None:
@@ -128,28 +148,29 @@ def test_outputs_stay_when_the_next_batch_runs(runtime: TensorRtRuntime, exporte
     np.testing.assert_allclose(first, expected(exported, images(2, seed=1)), rtol=1e-5, atol=1e-6)
 
 
-def test_bound_batch_was_copied_and_needs_no_allocation(runtime: TensorRtRuntime, tensorrt: ModuleType) -> None:
+def test_the_pool_was_copied_and_queries_need_no_allocation(
+    runtime: TensorRtRuntime, exported: tuple[nn.Module, Path], tensorrt: ModuleType
+) -> None:
     batch = images(2)
-    step = runtime.bind(batch)
-    step()
-    before = step.outputs()["logits"]
+    lane = runtime.lane([batch])
     batch["images"][:] = 0
     faults(tensorrt).out_of_memory_on_device = True
-    step()
-    np.testing.assert_array_equal(step.outputs()["logits"], before)
+    faults(tensorrt).out_of_memory_in_context = True
+    lane.query(0)
+    check(lane, exported, images(2))
 
 
-def test_a_dropped_step_leaves_the_others_alone(runtime: TensorRtRuntime, exported: tuple[nn.Module, Path]) -> None:
-    kept, dropped = runtime.bind(images(2, seed=1)), runtime.bind(images(2, seed=2))
+def test_a_dropped_lane_leaves_the_others_alone(runtime: TensorRtRuntime, exported: tuple[nn.Module, Path]) -> None:
+    kept, dropped = runtime.lane([images(2, seed=1)]), runtime.lane([images(2, seed=2)])
     del dropped
     gc.collect()
-    kept()
-    np.testing.assert_allclose(kept.outputs()["logits"], expected(exported, images(2, seed=1)), rtol=1e-5, atol=1e-6)
+    kept.query(0)
+    check(kept, exported, images(2, seed=1))
 
 
 def test_description(runtime: TensorRtRuntime, tensorrt: ModuleType) -> None:
-    assert runtime.description()["cuda_graph"] == "not captured: no batch has been bound yet"
-    runtime.bind(images(1))
+    assert runtime.description()["cuda_graph"] == "not captured: no lane has been made yet"
+    runtime.lane([images(1)])
     assert runtime.description() == {
         "runtime": "tensorrt",
         "version": tensorrt.__version__,
@@ -163,7 +184,7 @@ def test_description(runtime: TensorRtRuntime, tensorrt: ModuleType) -> None:
     }
 
 
-def test_failed_capture_is_stated_and_the_step_runs_all_the_same(
+def test_failed_capture_is_stated_and_the_lane_works_all_the_same(
     runtime: TensorRtRuntime,
     exported: tuple[nn.Module, Path],
     tensorrt: ModuleType,
@@ -171,20 +192,18 @@ def test_failed_capture_is_stated_and_the_step_runs_all_the_same(
 ) -> None:
     faults(tensorrt).fail_capture = True
     with caplog.at_level(logging.WARNING, "deploy.runtimes.tensorrt"):
-        steps = [runtime.bind(images(2)), runtime.bind(images(3))]
+        lanes = [runtime.lane([images(2)]), runtime.lane([images(3)])]
     assert len([record for record in caplog.records if "runs without CUDA graphs" in record.message]) == 1
     assert runtime.description()["cuda_graph"].startswith("not captured: CUDA error: operation not permitted")
-    for step, count in zip(steps, (2, 3), strict=True):
-        step()
-        np.testing.assert_allclose(step.outputs()["logits"], expected(exported, images(count)), rtol=1e-5, atol=1e-6)
+    for lane, count in zip(lanes, (2, 3), strict=True):
+        lane.query(0)
+        check(lane, exported, images(count))
 
 
 def test_profile_times_every_layer_of_every_run(runtime: TensorRtRuntime) -> None:
-    bound = runtime.bind(images(4))
     times = runtime.profile(images(4), runs=3)
     assert list(times) == [layer.name for layer in runtime.layers()]
     assert all(len(runs) == 3 and min(runs) > 0 for runs in times.values())
-    bound()  # its graph is untouched
     with pytest.raises(InputError, match="0 profiled runs"):
         runtime.profile(images(4), runs=0)
     with pytest.raises(InputError, match="shape"):
@@ -263,7 +282,7 @@ def test_batch_outside_the_profile(runtime: TensorRtRuntime, count: int) -> None
         rf"Input images has a batch of {count}, but net\.fp32\.plan was built for batches from 1 to 8; "
         rf".*--batch 1:4:{count}"
     )
-    for call in (runtime.run, runtime.bind, runtime.profile):
+    for call in (runtime.run, lambda batch: runtime.lane([batch]), runtime.profile):
         with pytest.raises(InputError, match=message):
             call(images(count))
     assert runtime.run(images(8))["logits"].shape == (8, 5)
@@ -422,7 +441,7 @@ def test_somebody_elses_engine_with_a_trusted_manifest(
 def test_out_of_memory_for_a_context(plan: Path, tensorrt: ModuleType) -> None:
     with TensorRtRuntime(plan) as runtime:
         faults(tensorrt).out_of_memory_in_context = True
-        for call in (runtime.run, runtime.bind, runtime.profile):
+        for call in (runtime.run, lambda batch: runtime.lane([batch]), runtime.profile):
             with pytest.raises(
                 WorkError, match=r"memory of the NVIDIA H200 does not suffice.*out of memory.*a smaller"
             ):
@@ -434,16 +453,19 @@ def test_out_of_memory_for_a_context(plan: Path, tensorrt: ModuleType) -> None:
 def test_out_of_memory_for_tensors(plan: Path, tensorrt: ModuleType) -> None:
     with TensorRtRuntime(plan) as runtime:
         faults(tensorrt).out_of_memory_on_device = True
-        with pytest.raises(WorkError, match=r"for net\.fp32\.plan to bind a batch: CUDA out of memory"):
-            runtime.bind(images(2))
-    with pytest.raises(WorkError, match=r"does not suffice for net\.fp32\.plan to load it: CUDA out of memory"):
+        with pytest.raises(WorkError, match=r"for net\.fp32\.plan to make a lane: CUDA out of memory"):
+            runtime.lane([images(2)])
+        with pytest.raises(WorkError, match=r"for net\.fp32\.plan to run: CUDA out of memory"):
+            runtime.run(images(2))
+    faults(tensorrt).out_of_memory_in_load = True
+    with pytest.raises(WorkError, match=r"does not suffice for net\.fp32\.plan to load it: .*out of memory"):
         TensorRtRuntime(plan)
 
 
 def test_failed_inference_quotes_tensorrt(runtime: TensorRtRuntime, tensorrt: ModuleType) -> None:
-    step = runtime.bind(images(2))
+    lane = runtime.lane([images(2)])
     faults(tensorrt).fail_enqueue = True
-    step()  # a replayed graph does not pass through the context
+    lane.query(0)  # a replayed graph does not pass through the context
     with pytest.raises(WorkError, match=r"TensorRT failed on net\.fp32\.plan: .*unspecified launch failure"):
         runtime.run(images(2))
 
@@ -452,48 +474,53 @@ def test_an_error_of_before_is_not_the_reason_of_the_next(runtime: TensorRtRunti
     switches = faults(tensorrt)
     switches.out_of_memory_in_context = True
     with pytest.raises(WorkError, match="does not suffice"):
-        runtime.bind(images(2))
+        runtime.lane([images(2)])
     switches.out_of_memory_in_context, switches.fail_enqueue = False, True
     with pytest.raises(WorkError, match="unspecified launch failure"):
-        runtime.bind(images(2))
+        runtime.lane([images(2)])
 
 
-def test_cuda_error_during_a_step(runtime: TensorRtRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = runtime.bind(images(2))
+def test_cuda_error_during_a_query(runtime: TensorRtRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    lane = runtime.lane([images(2)])
 
     def fail(_: object) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with TORCH_USE_CUDA_DSA")
 
     monkeypatch.setattr("tests.fakes.cuda.FakeStream.synchronize", fail)
-    with pytest.raises(WorkError, match=r"TensorRT failed on net\.fp32\.plan: CUDA error: an illegal memory access"):
-        step()
+    for call in (lane.query, lane.stages):
+        with pytest.raises(
+            WorkError, match=r"TensorRT failed on net\.fp32\.plan: CUDA error: an illegal memory access"
+        ):
+            call(0)
     runtime.close()  # a GPU that has failed can still be given up
 
 
-def test_closed_runtime_and_its_steps_are_refused(plan: Path) -> None:
+def test_closed_runtime_and_its_lanes_are_refused(plan: Path) -> None:
     runtime = TensorRtRuntime(plan)
-    step = runtime.bind(images(2))
-    step()
+    lane = runtime.lane([images(2)])
+    lane.query(0)
     runtime.close()
     runtime.close()
     for call in (
         lambda: runtime.run(images(2)),
-        lambda: runtime.bind(images(2)),
+        lambda: runtime.lane([images(2)]),
         lambda: runtime.profile(images(2)),
         runtime.layers,
         runtime.description,
-        step,
-        step.outputs,
+        lambda: lane.query(0),
+        lambda: lane.stages(0),
+        lane.outputs,
     ):
         with pytest.raises(InputError, match="closed"):
             call()
 
 
-def test_step_that_outlives_the_runtimes_name(plan: Path, exported: tuple[nn.Module, Path]) -> None:
-    step = TensorRtRuntime(plan).bind(images(2))
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_lane_that_outlives_the_runtimes_name(plan: Path, exported: tuple[nn.Module, Path], cuda_graph: bool) -> None:
+    lane = TensorRtRuntime(plan, cuda_graph=cuda_graph).lane([images(2)])
     gc.collect()
-    step()
-    np.testing.assert_allclose(step.outputs()["logits"], expected(exported, images(2)), rtol=1e-5, atol=1e-6)
+    lane.query(0)
+    check(lane, exported, images(2))
 
 
 def test_types_of_inputs_and_outputs(tmp_path: Path, tensorrt: ModuleType) -> None:
@@ -515,18 +542,19 @@ def test_types_of_inputs_and_outputs(tmp_path: Path, tensorrt: ModuleType) -> No
     with TensorRtRuntime(path.with_suffix(".plan")) as runtime:
         assert [spec.dtype for spec in runtime.inputs] == ["bfloat16", "int64", "float16"]
         assert [spec.dtype for spec in runtime.outputs] == ["bfloat16", "int8", "bool", "int32"]
-        outputs = runtime.run(
-            {
-                "images": np.array([[1, 2]], ml_dtypes.bfloat16),
-                "numbers": np.array([[-3, 4]], np.int64),
-                "halves": np.array([[5, 6]], np.float16),
-            }
-        )
-    assert outputs["doubled"].dtype == ml_dtypes.bfloat16
-    np.testing.assert_array_equal(outputs["doubled"].astype(np.float32), [[2, 4]])
-    np.testing.assert_array_equal(outputs["small"], np.array([[-3, 4]], np.int8), strict=True)
-    np.testing.assert_array_equal(outputs["same"], np.array([[True, True]]), strict=True)
-    np.testing.assert_array_equal(outputs["whole"], np.array([[5, 6]], np.int32), strict=True)
+        batch = {
+            "images": np.array([[1, 2]], ml_dtypes.bfloat16),
+            "numbers": np.array([[-3, 4]], np.int64),
+            "halves": np.array([[5, 6]], np.float16),
+        }
+        lane = runtime.lane([{name: 0 * array for name, array in batch.items()}, batch])
+        lane.query(1)
+        for outputs in (runtime.run(batch), lane.outputs()):
+            assert outputs["doubled"].dtype == ml_dtypes.bfloat16
+            np.testing.assert_array_equal(outputs["doubled"].astype(np.float32), [[2, 4]])
+            np.testing.assert_array_equal(outputs["small"], np.array([[-3, 4]], np.int8), strict=True)
+            np.testing.assert_array_equal(outputs["same"], np.array([[True, True]]), strict=True)
+            np.testing.assert_array_equal(outputs["whole"], np.array([[5, 6]], np.int32), strict=True)
 
 
 def test_type_that_cannot_be_bound(tmp_path: Path, tensorrt: ModuleType) -> None:

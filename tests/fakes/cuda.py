@@ -2,8 +2,9 @@
 
 Modelled: addresses are host addresses, aligned as torch's allocator aligns; work put on a stream runs only when the
 stream is synchronised, so that a missing synchronisation shows; a graph records work and enqueues it when replayed;
-memory that has been freed, or that is no device memory, is refused when work touches it; inputs that change between
-enqueue and execution are a race. Not modelled: the default stream, events, several GPUs, concurrency.
+memory that has been freed, or that is no device memory, is refused when work touches it, and so is a copy from or to
+memory of the host that is not page-locked; what is copied or read and changes between enqueue and execution is a race;
+events are known only when the stream has come to them. Not modelled: the default stream, several GPUs, concurrency.
 """
 
 import weakref
@@ -11,16 +12,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-import ml_dtypes
 import numpy as np
 import torch
 
 from compress.errors import InputError
+from deploy.runtimes.bfloat16 import to_numpy, to_torch
 from tests.fakes.machine import Machine
 
 ALIGNMENT = 256  # bytes; TensorRT refuses less, torch gives at least this
 
 _allocations: "weakref.WeakValueDictionary[int, np.ndarray]" = weakref.WeakValueDictionary()
+_page_locked: "weakref.WeakValueDictionary[int, np.ndarray]" = weakref.WeakValueDictionary()
 _streams: "weakref.WeakValueDictionary[int, FakeStream]" = weakref.WeakValueDictionary()
 _current: list["FakeStream"] = []
 _handles = iter(range(1, 2**62))
@@ -77,6 +79,17 @@ class FakeStream:
         else:
             self._pending.append(work.enqueue())
 
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Enqueue a copy between device memory and page-locked memory; this must be the current stream."""
+        self._require_current()
+        self.submit(Copy(target, source))
+
+    def mark(self) -> "FakeEvent":
+        """An event that happens when everything enqueued so far is done."""
+        event = FakeEvent()
+        self.submit(event)
+        return event
+
     def synchronize(self) -> None:
         """Do everything that was enqueued."""
         if self.capturing:
@@ -87,6 +100,10 @@ class FakeStream:
             work.check()
         for work in pending:
             work.run()
+
+    def _require_current(self) -> None:
+        if not _current or _current[-1] is not self:
+            raise RuntimeError("the work would go to another stream: call it inside this one")
 
     def record(self, work: Callable[[], None]) -> list[Work]:
         """What `work` enqueues, without doing it; RuntimeError if part of it cannot be captured."""
@@ -101,6 +118,84 @@ class FakeStream:
         if self.broken_capture:
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
         return recorded
+
+
+class FakeEvent:
+    """Happens when the stream comes to it; one happens ten microseconds after the other."""
+
+    _count = 0
+
+    def __init__(self) -> None:
+        self._moment: int | None = None
+
+    def enqueue(self) -> "FakeEvent":
+        return self
+
+    def check(self) -> None: ...
+
+    def run(self) -> None:
+        FakeEvent._count += 1
+        self._moment = FakeEvent._count
+
+    def elapsed_time(self, end_event: "FakeEvent") -> float:
+        """Milliseconds between two events that have happened."""
+        if self._moment is None or end_event._moment is None:
+            raise RuntimeError("CUDA error: device not ready: an event has not happened yet")
+        return 0.01 * (end_event._moment - self._moment)
+
+
+class Copy:
+    """A copy of one tensor to another of its shape and type, one on the device and one in page-locked memory."""
+
+    def __init__(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        if target.shape != source.shape or target.dtype != source.dtype:
+            raise RuntimeError(f"a copy of {source.dtype} {source.shape} to {target.dtype} {target.shape}")
+        on_device = [_lies_in(_allocations, tensor) for tensor in (target, source)]
+        page_locked = [_lies_in(_page_locked, tensor) for tensor in (target, source)]
+        if sorted(on_device) != [False, True] or sorted(page_locked) != [False, True]:
+            raise RuntimeError(
+                f"a copy to and from device memory {on_device} and page-locked memory {page_locked}: "
+                "one of each is needed"
+            )
+        self.target, self.source = target, source
+
+    def enqueue(self) -> "_Copying":
+        return _Copying(self)
+
+
+class _Copying:
+    def __init__(self, copy: Copy) -> None:
+        self._copy = copy
+        self._given = _bytes(copy.source).clone()
+
+    def check(self) -> None:
+        if not torch.equal(_bytes(self._copy.source), self._given):
+            raise RuntimeError("race: what is copied was changed between enqueue and execution")
+
+    def run(self) -> None:
+        self._copy.target.copy_(self._copy.source)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _lies_in(memory: "weakref.WeakValueDictionary[int, np.ndarray]", tensor: torch.Tensor) -> bool:
+    address = tensor.data_ptr()
+    return any(start <= address < start + max(block.nbytes, 1) for start, block in list(memory.items()))
+
+
+def _memory(
+    registry: "weakref.WeakValueDictionary[int, np.ndarray]", shape: Sequence[int], dtype: torch.dtype
+) -> torch.Tensor:
+    """Memory full of ones' bits, NaN where it holds floating-point numbers; known until it is freed."""
+    size_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.full(size_bytes + ALIGNMENT, 0xFF, np.uint8)
+    # A fresh view owns the registration: torch keeps it alive exactly as long as the tensor's storage.
+    start = -raw.ctypes.data % ALIGNMENT
+    block = raw[start : start + size_bytes]
+    registry[block.ctypes.data] = block
+    return torch.from_numpy(block).view(dtype).view(tuple(shape))
 
 
 def stream_of(handle: int) -> FakeStream:
@@ -145,21 +240,24 @@ class FakeCuda:
         """Device memory full of ones' bits: NaN, where it holds floating-point numbers."""
         if self.machine.faults.out_of_memory_on_device:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        size_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        raw = np.full(size_bytes + ALIGNMENT, 0xFF, np.uint8)
-        # A fresh view owns the registration: torch keeps it alive exactly as long as the tensor's storage.
-        start = -raw.ctypes.data % ALIGNMENT
-        block = raw[start : start + size_bytes]
-        _allocations[block.ctypes.data] = block
-        return torch.from_numpy(block).view(dtype).view(tuple(shape))
+        return _memory(_allocations, shape, dtype)
+
+    def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Page-locked memory of the host."""
+        self._refuse_in_capture()
+        return _memory(_page_locked, shape, dtype)
+
+    def pin(self, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """Copies of arrays of one shape and type in one block of page-locked memory."""
+        block = self.pinned((len(arrays), *arrays[0].shape), to_torch(arrays[0]).dtype)
+        for place, array in zip(block, arrays, strict=True):
+            place.copy_(to_torch(array))
+        return list(block)
 
     def put(self, array: np.ndarray) -> torch.Tensor:
         """Copy to the device; complete on return."""
         self._refuse_in_capture()
-        if array.dtype == ml_dtypes.bfloat16:
-            host = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-        else:
-            host = torch.from_numpy(np.array(array))
+        host = to_torch(array)
         device = self.empty(array.shape, host.dtype)
         device.copy_(host)
         return device
@@ -169,21 +267,21 @@ class FakeCuda:
         self._refuse_in_capture()
         if _current:
             _current[-1].synchronize()
-        if tensor.dtype == torch.bfloat16:
-            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
-        return tensor.numpy().copy()
+        return to_numpy(tensor).copy()
 
     def stream(self) -> FakeStream:
         """A new stream; whoever uses its handle must keep it."""
         return FakeStream()
 
     def capture(self, stream: FakeStream, work: Callable[[], None]) -> Callable[[], None]:
-        """Record what `work` enqueues on `stream`; the function returned enqueues it on that stream."""
-        recorded = stream.record(work)
+        """Record what `work` enqueues on `stream`; the function returned enqueues it, inside that stream."""
+        with stream.inside:
+            recorded = stream.record(work)
         if self.machine.faults.fail_capture:
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
 
         def replay() -> None:
+            stream._require_current()
             for item in recorded:
                 stream.submit(item)
 

@@ -162,10 +162,13 @@ def test_a_graph_replays_what_was_captured(session: Session, tmp_path: Path) -> 
     replay = run.device.capture(run.stream, run.enqueue)
     fresh = images(seed=2)
     run.images.copy_(torch.from_numpy(fresh))
-    replay()
+    with pytest.raises(RuntimeError, match="another stream"):
+        replay()
+    with run.stream.inside:
+        replay()
     np.testing.assert_allclose(run.result(), expected(network(), fresh), rtol=1e-4, atol=1e-5)
     assert run.context.set_input_shape("images", (1, 3, 8, 8))
-    with pytest.raises(RuntimeError, match="the graph is stale"):
+    with run.stream.inside, pytest.raises(RuntimeError, match="the graph is stale"):
         replay()
 
 
@@ -176,6 +179,46 @@ def test_a_capture_cannot_wait(session: Session, tmp_path: Path) -> None:
             run.device.capture(run.stream, work)
     run.enqueue()
     assert np.isfinite(run.result()).all()
+
+
+def test_copies_are_work_of_the_stream_like_any_other(session: Session, tmp_path: Path) -> None:
+    run = bound(session, tmp_path)
+    (fresh,) = run.device.pin([images(seed=2)])
+    host = run.device.pinned(run.logits.shape, torch.float32)
+    with run.stream.inside:
+        run.stream.copy(run.images, fresh)
+        run.enqueue()
+        run.stream.copy(host, run.logits)
+    assert torch.isnan(host).all()
+    run.stream.synchronize()
+    np.testing.assert_allclose(host.numpy(), expected(network(), images(seed=2)), rtol=1e-4, atol=1e-5)
+
+
+def test_copies_that_cuda_would_not_do_so(session: Session, tmp_path: Path) -> None:
+    run = bound(session, tmp_path)
+    (pinned,) = run.device.pin([images()])
+    with pytest.raises(RuntimeError, match="another stream"):
+        run.stream.copy(run.images, pinned)
+    with run.stream.inside:
+        with pytest.raises(RuntimeError, match="page-locked"):
+            run.stream.copy(run.images, torch.from_numpy(images()))
+        with pytest.raises(RuntimeError, match="page-locked"):
+            run.stream.copy(pinned, pinned)
+        with pytest.raises(RuntimeError, match="a copy of"):
+            run.stream.copy(run.images, pinned[:1])
+        run.stream.copy(run.images, pinned)
+        pinned.zero_()
+        with pytest.raises(RuntimeError, match="race: what is copied"):
+            run.stream.synchronize()
+
+
+def test_events_happen_when_the_stream_comes_to_them() -> None:
+    stream = cuda.FakeStream()
+    before, after = stream.mark(), stream.mark()
+    with pytest.raises(RuntimeError, match="not happened yet"):
+        before.elapsed_time(after)
+    stream.synchronize()
+    assert before.elapsed_time(after) == pytest.approx(0.01)
 
 
 def test_layers_are_reported_after_a_run(session: Session, tmp_path: Path) -> None:
