@@ -18,6 +18,9 @@ class _Slowed:
         self._subject = subject
         self._share = share
 
+    def prepare(self) -> None:
+        self._subject.prepare()
+
     def lane(self) -> Lane:
         return _SlowedLane(self._subject.lane(), self._share)
 

@@ -21,7 +21,11 @@ class MissingExtraError(InputError):
     """An optional library is not installed; names the extra that brings it."""
 
     def __init__(self, library: str, extra: str, purpose: str) -> None:
+        self._arguments = (library, extra, purpose)
         super().__init__(f"{purpose} needs {library}, which is not installed: run pip install 'espalier[{extra}]'.")
+
+    def __reduce__(self) -> tuple[type["MissingExtraError"], tuple[str, str, str]]:
+        return MissingExtraError, self._arguments  # as every error it may come from another process
 
 
 def first_line(error: BaseException) -> str:

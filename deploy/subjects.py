@@ -33,7 +33,7 @@ def open_artefact(
 ) -> Subject:
     """Open an ONNX file, a TensorRT engine or a checkpoint directory, which runs in PyTorch.
 
-    The pool is read with the first lane, and shared by all.
+    The pool is read when the subject is prepared, and shared by all lanes.
 
     Args:
         artefact: its path.
@@ -111,9 +111,13 @@ class _OpenRuntime:
         self._read = read
         self._pool: Sequence[Mapping[str, np.ndarray]] | None = None
 
-    def lane(self) -> "Lane":
+    def prepare(self) -> None:
         if self._pool is None:
             self._pool = self._read()
+
+    def lane(self) -> "Lane":
+        self.prepare()
+        assert self._pool is not None
         return self._runtime.lane(self._pool)
 
     def description(self) -> dict[str, Any]:
@@ -132,11 +136,15 @@ class _OpenFunction:
         self._batch_size = batch_size
         self._pool: list[tuple[np.ndarray, ...]] | None = None
 
-    def lane(self) -> "_FunctionLane":
+    def prepare(self) -> None:
         if self._pool is None:
             from deploy.pool import batches_of, read_arrays
 
             self._pool = batches_of(read_arrays(self._directory), self._batch_size, self._directory)
+
+    def lane(self) -> "_FunctionLane":
+        self.prepare()
+        assert self._pool is not None
         return _FunctionLane(self._target, self._function, self._pool)
 
     def description(self) -> dict[str, Any]:

@@ -214,6 +214,9 @@ class _StepSubject:
     def __init__(self, step: Callable[[], None]) -> None:
         self._step = step
 
+    def prepare(self) -> None:
+        pass
+
     def lane(self) -> Lane:
         return _StepLane(self._step)
 

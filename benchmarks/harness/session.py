@@ -29,9 +29,10 @@ Nanoseconds = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Opened:
-    """How a subject started: opening it, then its first query, with the lane that it needs."""
+    """How a subject started."""
 
     load_s: float
+    """Opening it and making its first lane; on a GPU that warms up and captures."""
     first_ms: float
     before_bytes: int
     """Memory of the process before it opened the subject."""
@@ -127,8 +128,11 @@ class LocalSession:
             before = host_bytes()
             begin = self._clock()
             self._subject = self._open()
-            load_s = (self._clock() - begin) / 1e9
+            opened = self._clock()
+            self._subject.prepare()
+            prepared = self._clock()
             lane = self._subject.lane()
+            load_s = (self._clock() - prepared + opened - begin) / 1e9
             self._lanes.append(lane)
             self._indices = cycle(range(lane.size))
             begin = self._clock()

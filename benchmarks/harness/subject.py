@@ -47,6 +47,10 @@ class Lane(Protocol):
 class Subject(Protocol):
     """One opened artefact at one batch size."""
 
+    def prepare(self) -> None:
+        """Bring the inputs into memory. It is the harness's own work, done once and in no figure."""
+        ...
+
     def lane(self) -> Lane:
         """A new lane; the pool of inputs may be shared between lanes."""
         ...

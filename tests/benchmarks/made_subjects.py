@@ -33,6 +33,9 @@ class Sleeper:
         done = time.perf_counter_ns()
         return Stages(begin, begin, done)
 
+    def prepare(self):
+        pass
+
     def lane(self):
         return self
 

@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from compress.data import Data
 from compress.errors import InputError, MissingExtraError, WorkError
-from deploy import pipeline, preflight, stages
+from deploy import measuring, pipeline, preflight, stages
 from deploy.documents import report
-from deploy.measuring import bound, output_widths, pool_batches, rotating
+from deploy.measuring import output_widths
+from deploy.pool import read_arrays, read_pool
 from deploy.recipe import Recipe
 from deploy.recipe_text import read_recipe
 from deploy.run_directory import RunDirectory
-from deploy.runtimes import Lane, Runtime, TensorSpec
+from deploy.runtimes import TensorSpec
 from deploy.serving import Serving
 from deploy.stages import Run
 
@@ -216,49 +216,16 @@ class TestRunDirectory:
 
 
 class TestMeasuring:
-    class Noting(Runtime):
-        """Notes the first number of the batch of every query."""
-
-        inputs = (TensorSpec("x", "float32", ("batch", 1)),)
-        outputs = ()
-
-        def __init__(self) -> None:
-            self.seen: list[float] = []
-
-        def description(self) -> dict[str, Any]:
-            return {}
-
-        def _run(self, batch: Any) -> Any:
-            raise NotImplementedError
-
-        def _lane(self, prepared: Any) -> Lane:
-            runtime = self
-
-            class Noted(Lane):
-                size = len(prepared)
-
-                def query(self, index: int) -> None:
-                    runtime.seen.append(float(prepared[index]["x"][0, 0]))
-
-                def outputs(self) -> Any:
-                    raise NotImplementedError
-
-            return Noted()
-
-    def test_queries_take_the_batches_in_turn(self) -> None:
-        runtime = self.Noting()
-        images: Tensor = torch.arange(7.0).view(7, 1)
-        step = rotating(bound(runtime, images, 2))
-        for _ in range(5):
-            step()
-        assert runtime.seen == [0, 2, 4, 0, 2]  # image 6 fills no batch
-
-    @pytest.mark.parametrize(
-        ("batch_size", "shape", "expected"),
-        [(1, (1, 32, 32), 32), (32, (3, 224, 224), 13), (1024, (3, 224, 224), 1)],
-    )
-    def test_the_pool_is_bounded(self, batch_size: int, shape: tuple[int, ...], expected: int) -> None:
-        assert pool_batches(batch_size, shape) == expected
+    def test_a_small_test_split_fills_the_pool_again_and_again(
+        self, directory: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(measuring, "last_level_cache_bytes", lambda: 16 * 3 * 16 * 16 * 4)  # of 16 images
+        run = Run(recipe("measure.batch_sizes=[1, 64]"), tiny_data(40), directory, ON_CPU)
+        measuring._write_pool(run, tmp_path)
+        (images,) = read_arrays(tmp_path)
+        assert images.shape == (64, 3, 16, 16)  # whole batches of the largest size, twice the cache at the least
+        assert (images[40:] == images[:24]).all()
+        assert len(read_pool(tmp_path, [TensorSpec("x", "float32", ("batch", 3, 16, 16))], 64)) == 1
 
     def test_output_widths(self) -> None:
         model = stages.build_model(recipe("model.kwargs={in_channels: 1}"))
