@@ -36,7 +36,7 @@ SCENARIOS = (SINGLE, MULTI, OFFLINE, SERVER)
 MULTI_SAMPLES = 8
 """Samples of a query in MLPerf's MultiStream."""
 
-GAP_S = 0.5
+GAP_S = 0.25
 """Pause before the query that shows what a pause costs."""
 
 OFFLINE_SAMPLES = 32
@@ -163,7 +163,6 @@ def write(results: Results, directory: Path) -> None:
     """
     # Drawing takes a second to load, and most measurements are only read in the terminal.
     from benchmarks.harness.figure_files import write_figures
-
     from benchmarks.harness.report import report_html
 
     make_directory(directory)

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from benchmarks.harness.cells import BatchMeasurement
 from benchmarks.harness.report import report_html
 from benchmarks.harness.results import (
     Accuracy,
     Artefact,
-    BatchMeasurement,
     BudgetResult,
     LayerWidths,
     Pruning,

@@ -20,7 +20,7 @@ from deploy.explaining_reasons import (
     of_uneven,
     of_unfused,
 )
-from deploy.explaining_records import Cause, Finding, Layer, Row
+from benchmarks.harness.explanation import Cause, Finding, Layer, Row
 
 TOLERANCE = 0.1
 """A layer that takes up to so much longer than expected loses nothing to speak of: as exact as its time is."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from benchmarks.harness import numerals
-from deploy.explaining_records import Finding, Layer, Row
+from benchmarks.harness.explanation import Finding, Layer, Row
 
 FEW_CHANNELS = 8
 """Fewer input channels than this fill no block of a kernel: those of an image."""

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from benchmarks.harness import numerals
 from deploy.explaining_findings import remedies
-from deploy.explaining_records import Explanation, Finding, Layer, Row
+from benchmarks.harness.explanation import Explanation, Finding, Layer, Row
 
 NAMED_LAYERS = 3
 

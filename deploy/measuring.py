@@ -27,7 +27,7 @@ from deploy.watching import shown_on, watched
 
 logger = logging.getLogger(__name__)
 
-GAP_S = 0.5
+GAP_S = 0.25
 """Pause before the query that shows what a pause costs."""
 
 

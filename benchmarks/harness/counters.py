@@ -22,12 +22,15 @@ def macs(model: nn.Module, example_inputs: torch.Tensor | tuple[torch.Tensor, ..
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     if not inputs or inputs[0].ndim == 0 or inputs[0].shape[0] == 0:
         raise HarnessInputError("MACs are counted per image, but example_inputs holds none: give at least one.")
+    fused_attention = torch.backends.mha.get_fastpath_enabled()
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not know what is inside that one operator
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(*inputs)
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused_attention)
         for module, training in modes:
             module.training = training
     return counter.get_total_flops() // (2 * inputs[0].shape[0])

@@ -4,30 +4,29 @@ The models below are the definition; `results.schema.json` beside this file is `
 holds the two equal. The version changes whenever a document of the old form would no longer be read the same way.
 """
 
-import csv
-import io
 import json
 import re
 from collections import Counter
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
-import numpy as np
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import AwareDatetime, Field, JsonValue, ValidationError, model_validator
 
+from benchmarks.harness.cells import BatchMeasurement, Record
 from benchmarks.harness.errors import HarnessInputError
-from benchmarks.harness.measure import Measured, Measurement, Scenario
+from benchmarks.harness.explanation import Explanation
+from benchmarks.harness.result_rows import csv_text as csv_text
+from benchmarks.harness.result_rows import rows as rows
+from benchmarks.harness.roofline import RooflineResult
+from benchmarks.harness.server import ServerResult
 from benchmarks.harness.statistics import Estimate, Speedup, proportion_estimate_percent
+from benchmarks.harness.throughput import ThroughputResult
 
-SCHEMA_VERSION: Final = "espalier-results/1"
-
-LATENCIES = ("median_ms", "mean_ms", "p90_ms", "p95_ms", "p99_ms")
+SCHEMA_VERSION: Final = "espalier-results/2"
 
 
-class Record(BaseModel):
-    """Base of all parts of the document: immutable, no unknown keys, no NaN or infinity (they are not JSON)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+Section = Literal["accuracy", "server", "throughput", "roofline", "layers", "phases"]
+"""Parts of the document that a measurement may leave out."""
 
 
 class Artefact(Record):
@@ -65,53 +64,24 @@ class Accuracy(Record):
         )
 
 
-class Latency(Record):
-    """Time of one query from end to end. Percentiles are None where the samples are too few to carry them."""
-
-    median_ms: Estimate
-    mean_ms: Estimate
-    p90_ms: Estimate | None
-    p95_ms: Estimate | None
-    p99_ms: Estimate | None
-
-
-class BatchMeasurement(Record):
-    """One variant at one batch size under one scenario."""
-
-    batch_size: int = Field(ge=1)
-    scenario: Scenario = Field(description="MLPerf's names; not an MLPerf submission.")
-    latency: Latency
-    throughput_per_s: Estimate = Field(description="Images per second of wall time; samples counts images.")
-    speedup: Speedup | None = Field(description="None for the baseline itself.")
-    stopped_by: Literal["rounds", "time"] = Field(description="'time' if the time budget cut the plan short.")
-    samples_ms: list[list[float]] = Field(description="Every latency measured: one list per round.")
-
-    @classmethod
-    def of(cls, measured: Measured, measurement: Measurement) -> "BatchMeasurement":
-        """From what `measure` returns."""
-        return cls(
-            batch_size=measured.batch_size,
-            scenario=measured.scenario,
-            latency=Latency(**{name: getattr(measured, name) for name in LATENCIES}),
-            throughput_per_s=measured.throughput_per_s,
-            speedup=measured.speedup,
-            stopped_by=measurement.stopped_by,
-            samples_ms=[np.round(samples / 1e6, 6).tolist() for samples in measured.rounds_ns],
-        )
-
-
 class VariantResult(Record):
     """One network in one precision on one runtime."""
 
     name: str
-    kind: Literal["dense", "pruned"]
+    kind: Literal["dense", "pruned"] | None = Field(None, description="None where that is not known.")
     artefact: Artefact
     runtime: Runtime
-    parameters: int = Field(ge=0)
-    macs: int = Field(ge=0, description="Multiply-adds of one image.")
+    parameters: int | None = Field(ge=0, description="None where the artefact does not tell.")
+    macs: int | None = Field(ge=0, description="Multiply-adds of one sample; None where the artefact does not tell.")
     accuracy: Accuracy | None
     parity: dict[str, JsonValue] | None = Field(description="How far its outputs lie from PyTorch's.")
     measurements: list[BatchMeasurement]
+    server: ServerResult | None = Field(None, description="Latency against offered load; None where not measured.")
+    throughput: ThroughputResult | None = Field(
+        None, description="Over batch sizes and lanes; None where not measured."
+    )
+    rooflines: list[RooflineResult] = Field(default_factory=list, description="One for each batch size, where known.")
+    failure: str | None = Field(None, description="Why it could not be timed, or not to the end.")
 
 
 class BudgetResult(Record):
@@ -152,7 +122,7 @@ class Pruning(Record):
 class Results(Record):
     """The whole document."""
 
-    schema_version: Literal["espalier-results/1"] = SCHEMA_VERSION
+    schema_version: Literal["espalier-results/2"] = SCHEMA_VERSION
     created: AwareDatetime
     recipe: dict[str, JsonValue] = Field(description="The resolved recipe, or as much of it as there is.")
     seeds: dict[str, int]
@@ -162,6 +132,10 @@ class Results(Record):
     training: dict[str, list[dict[str, float | int | None]]] = Field(
         description="Per phase, one record per epoch; units in the keys."
     )
+    explanations: list[Explanation] = Field(
+        default_factory=list, description="Why each variant is as fast as it is, against the first one, layer by layer."
+    )
+    not_measured: dict[Section, str] = Field(default_factory=dict, description="Section -> why it is empty.")
     provenance: dict[str, JsonValue] = Field(
         description="Where it came from: command, checkpoints, versions, and why this runtime."
     )
@@ -175,14 +149,20 @@ class Results(Record):
         return self
 
     def baseline_of(self, variant: VariantResult, speedup: Speedup) -> VariantResult | None:
-        """The variant that `speedup` was measured against: on the same runtime, in the same precision if there."""
-        same = [
-            other
-            for other in self.variants
-            if other.name == speedup.baseline and other.runtime.name == variant.runtime.name
-        ]
-        same.sort(key=lambda other: other.artefact.precision != variant.artefact.precision)
-        return same[0] if same else None
+        """The variant that `speedup` was measured against.
+
+        It may have run elsewhere, since what is measured together compares; of several with its name it is the one
+        most like the variant in runtime, device and precision.
+        """
+
+        def unlike(other: VariantResult) -> tuple[bool, bool, bool]:
+            return (
+                other.runtime.name != variant.runtime.name,
+                other.runtime.device != variant.runtime.device,
+                other.artefact.precision != variant.artefact.precision,
+            )
+
+        return min((other for other in self.variants if other.name == speedup.baseline), key=unlike, default=None)
 
     def to_json(self) -> str:
         """The document as indented JSON text; the raw samples of a round stand on one line."""
@@ -211,25 +191,6 @@ def load(path: Path) -> Results:
         ) from error
 
 
-def rows(results: Results) -> list[dict[str, Any]]:
-    """One tidy row per variant x runtime x precision x batch x scenario; a variant not timed has one row."""
-    return [
-        _row(variant, measurement)
-        for variant in results.variants
-        for measurement in (*variant.measurements, *([] if variant.measurements else [None]))
-    ]
-
-
-def csv_text(results: Results) -> str:
-    """`rows` as CSV with a header; an absent figure is an empty cell."""
-    table = rows(results)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(table[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    return text.getvalue()
-
-
 def schema() -> dict[str, Any]:
     """The document's JSON Schema (2020-12)."""
     return {
@@ -237,39 +198,3 @@ def schema() -> dict[str, Any]:
         "$id": f"urn:{SCHEMA_VERSION.replace('/', ':')}",
         **Results.model_json_schema(mode="serialization"),
     }
-
-
-def _row(variant: VariantResult, measurement: BatchMeasurement | None) -> dict[str, Any]:
-    accuracy = variant.accuracy
-    latency = measurement.latency if measurement else None
-    speedup = measurement.speedup if measurement else None
-    row: dict[str, Any] = {
-        "variant": variant.name,
-        "kind": variant.kind,
-        "runtime": variant.runtime.name,
-        "runtime_version": variant.runtime.version,
-        "device": variant.runtime.device,
-        "precision": variant.artefact.precision,
-        "batch_size": measurement.batch_size if measurement else None,
-        "scenario": measurement.scenario if measurement else None,
-        "artefact": variant.artefact.path,
-        "sha256": variant.artefact.sha256,
-        "size_bytes": variant.artefact.size_bytes,
-        "parameters": variant.parameters,
-        "macs": variant.macs,
-        "loss": accuracy.loss if accuracy else None,
-    }
-    row |= _cells("top1_percent", accuracy.top1_percent if accuracy else None)
-    row |= _cells("top5_percent", accuracy.top5_percent if accuracy else None)
-    for name in LATENCIES:
-        row |= _cells(f"latency_{name}", getattr(latency, name) if latency else None)
-    row |= _cells("throughput_per_s", measurement.throughput_per_s if measurement else None)
-    row |= _cells("speedup", speedup)
-    row["baseline"] = speedup.baseline if speedup else None
-    row["verdict"] = speedup.verdict if speedup else None
-    return row
-
-
-def _cells(name: str, estimate: Estimate | None) -> dict[str, float | int | None]:
-    fields = {"": "value", "_low": "low", "_high": "high", "_samples": "samples"}
-    return {f"{name}{suffix}": getattr(estimate, field, None) for suffix, field in fields.items()}

@@ -204,7 +204,8 @@ def unpaired_ratio(
     Each side is drawn on its own, processes first. Between runs the differences of processes do not cancel, so the
     interval is expanded for the number of processes of the side that has fewer (for its rounds, where there is one
     process only). In simulated runs whose processes differ by twice as much as their rounds (3 processes; 10 or 30
-    rounds) it then held the truth in 96 % and 93 %, and expanded for the rounds in 92 % and 87 %.
+    rounds) it then held the truth in 96 % and 93 %, and expanded for the rounds in 92 % and 87 %. Of fewer than 6
+    rounds on both sides it is Welch's of the logarithms: drawn from 2 or 3 rounds each it held it in 69 % and 89 %.
 
     A side's random numbers come from its own figures. So exchanging the two gives exactly the reciprocal, and a run
     over itself, which is one measurement and not two, gives exactly 1. `samples` counts rounds, the smaller number.
@@ -212,13 +213,21 @@ def unpaired_ratio(
     Raises:
         HarnessInputError: a side has less than two rounds, or a round that took no time.
     """
-    top, top_logs, top_units = _drawn(over, over_processes, seed, resamples)
-    bottom, bottom_logs, bottom_units = _drawn(under, under_processes, seed, resamples)
-    tail = _tail_percent(min(top_units, bottom_units))
-    low, high = np.exp(np.percentile(top_logs - bottom_logs, [tail, 100 - tail]))
-    value = top / bottom
+    sides = _timed_rounds(over), _timed_rounds(under)
+    places = _processes(over_processes, sides[0].size), _processes(under_processes, sides[1].size)
+    value = float(np.median(sides[0]) / np.median(sides[1]))
+    rounds = min(side.size for side in sides)
+    if np.array_equal(*sides) and np.array_equal(*places):
+        low = high = 0.0
+    elif max(side.size for side in sides) < ROUNDS_TO_BOOTSTRAP:
+        low, high = _welch(np.log(sides[0]), np.log(sides[1]))
+    else:
+        top, bottom = (_drawn_logs(*side, seed, resamples) for side in zip(sides, places, strict=True))
+        units = [processes if (processes := np.unique(place).size) > 1 else place.size for place in places]
+        tail = _tail_percent(min(units))
+        low, high = np.percentile(top - bottom, [tail, 100 - tail])
     return Estimate(
-        value=value, low=min(float(low), value), high=max(float(high), value), samples=min(len(over), len(under))
+        value=value, low=min(float(np.exp(low)), value), high=max(float(np.exp(high)), value), samples=rounds
     )
 
 
@@ -300,17 +309,28 @@ def hierarchical_percentiles(
     return pooled[order][start]
 
 
-def _drawn(
-    rounds: Rounds, processes: Sequence[int] | None, seed: int, resamples: int
-) -> tuple[float, Floats, int]:  # median of round medians, logarithms of its resamples, number of what is drawn first
+def _timed_rounds(rounds: Rounds) -> Floats:  # -> (R,) median of each
     medians = np.array([median(samples) for samples in _rounds(rounds)])
     if medians.min() <= 0:
         raise HarnessInputError("A round took no time at all, so there is no ratio: measure queries that do some work.")
-    places = _processes(processes, medians.size)
+    return medians
+
+
+def _welch(over: Floats, under: Floats) -> tuple[float, float]:
+    """Interval of the difference of two means whose variances differ (Welch, Biometrika, 1947)."""
+    parts = np.array([over.var(ddof=1) / over.size, under.var(ddof=1) / under.size])
+    difference = float(over.mean() - under.mean())
+    if parts.sum() == 0:
+        return difference, difference
+    freedom = parts.sum() ** 2 / (parts**2 / [over.size - 1, under.size - 1]).sum()
+    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * np.sqrt(parts.sum()))
+    return difference - reach, difference + reach
+
+
+def _drawn_logs(medians: Floats, processes: npt.NDArray[np.int64], seed: int, resamples: int) -> Floats:
+    """Logarithms of the medians of resamples; the random numbers are these rounds' own."""
     rng = np.random.default_rng([seed, *medians.view(np.uint64).tolist()])
-    logs = np.log(np.median(medians[draw_rounds(places, rng, resamples)], axis=1))
-    count = np.unique(places).size
-    return float(np.median(medians)), logs, count if count > 1 else medians.size
+    return np.log(np.median(medians[draw_rounds(processes, rng, resamples)], axis=1))
 
 
 def _estimate(value: float, distribution: Floats, samples: int, rounds: int) -> Estimate:

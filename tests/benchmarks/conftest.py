@@ -1,15 +1,11 @@
-"""A realistic results document, made by measuring fake networks on a fake clock."""
-
-from datetime import UTC, datetime
+"""Two realistic results documents, made by measuring fake networks on a fake clock."""
 
 import numpy as np
 import pytest
 
-from benchmarks.harness.measure import Variant, measure
 from benchmarks.harness.results import (
     Accuracy,
     Artefact,
-    BatchMeasurement,
     BudgetResult,
     LayerWidths,
     Pruning,
@@ -18,23 +14,8 @@ from benchmarks.harness.results import (
     Runtime,
     VariantResult,
 )
-
-
-class FakeMachine:
-    """A clock that only fake steps advance; each takes `step_ns` times lognormal noise, times a drift per query."""
-
-    def __init__(self, seed: int = 0) -> None:
-        self.now_ns = 0
-        self.rng = np.random.default_rng(seed)
-
-    def clock(self) -> int:
-        return self.now_ns
-
-    def variant(self, name: str, step_ns: float, *, noise: float = 0.03, batch_size: int = 1) -> Variant:
-        def step() -> None:
-            self.now_ns += max(1, int(step_ns * np.exp(noise * self.rng.normal())))
-
-        return Variant(name, step, batch_size)
+from tests.benchmarks import made_results as made
+from tests.benchmarks.made_results import FakeMachine
 
 
 @pytest.fixture
@@ -44,24 +25,12 @@ def machine() -> FakeMachine:
 
 @pytest.fixture(scope="session")
 def results() -> Results:
-    """ResNet-20 on the digits, dense and pruned, at batch 1 and 32."""
-    machine = FakeMachine(7)
-    times_ns = {1: (612_000, 391_000), 32: (14_900_000, 7_650_000)}
-    measurements: dict[str, list[BatchMeasurement]] = {"dense": [], "pruned": []}
-    for batch, (dense_ns, pruned_ns) in times_ns.items():
-        measurement = measure(
-            [
-                machine.variant("dense", dense_ns, batch_size=batch),
-                machine.variant("pruned", pruned_ns, batch_size=batch),
-            ],
-            baseline="dense",
-            min_seconds_per_round=0.05,
-            clock=machine.clock,
-        )
-        for name, measured in measurement.variants.items():
-            measurements[name].append(BatchMeasurement.of(measured, measurement))
+    """A run: ResNet-20 on the digits, dense and pruned, at batch 1 and 32, with everything measured that can be."""
+    measurements = made.measured(
+        {1: {"dense": 612_000, "pruned": 391_000}, 32: {"dense": 14_900_000, "pruned": 7_650_000}}, baseline="dense"
+    )
 
-    def variant(name: str, parameters: int, macs: int, top1: float) -> VariantResult:
+    def variant(name: str, parameters: int, macs: int, top1: float, width: int) -> VariantResult:
         return VariantResult(
             name=name,
             kind="pruned" if name == "pruned" else "dense",
@@ -77,6 +46,9 @@ def results() -> Results:
             accuracy=Accuracy.of(top1_percent=top1, top5_percent=100.0, loss=0.041, samples=360),
             parity={"samples": 64, "max_relative_error": 2.1e-6, "top1_agreement_percent": 100.0},
             measurements=measurements[name],
+            server=made.server(measurements[name][0].latency.median_ms.value, limit_ms=5.0),
+            throughput=made.throughput(measurements[name][0].latency.median_ms.value),
+            rooflines=[made.roofline(m.batch_size, m.latency.median_ms.value, width=width) for m in measurements[name]],
         )
 
     rng = np.random.default_rng(1)
@@ -90,7 +62,7 @@ def results() -> Results:
                 )
     fractions = np.linspace(1, 0.497, 11)[1:]
     return Results(
-        created=datetime(2026, 3, 14, 9, 26, 53, tzinfo=UTC),
+        created=made.WHEN,
         recipe={"model": {"factory": "espalier:resnet20"}, "data": {"source": "digits"}},
         seeds={"training": 0, "measuring": 0},
         environment={
@@ -101,8 +73,8 @@ def results() -> Results:
             "git": {"commit": "4f1d0e6bb3a55d0d54d3a2c4a9a3b1a9a3a7f3f1", "dirty": False},
         },
         variants=[
-            variant("dense", 272_474, 40_813_184, 99.2),
-            variant("pruned", 131_890, 20_284_416, 98.9),
+            variant("dense", 272_474, 40_813_184, 99.2, width=16),
+            variant("pruned", 131_890, 20_284_416, 98.9, width=11),
         ],
         pruning=Pruning(
             budget=BudgetResult(
@@ -122,4 +94,65 @@ def results() -> Results:
         ),
         training={"baseline": [{"epoch": 1, "loss": 0.41, "top1_percent": 93.1}]},
         provenance={"command": "espalier run"},
+    )
+
+
+FILES = {
+    "runs/flowers/artifacts/dense.fp16.onnx@onnxruntime:provider=cuda": ("ONNX Runtime", "1.31.1", "fp16"),
+    "runs/flowers/artifacts/pruned.fp16.plan": ("TensorRT", "10.16.1.11", "fp16"),
+    "runs/flowers/artifacts/pruned.int8.gpu.plan": ("TensorRT", "10.16.1.11", "int8"),
+    "vendor/resnet50-from-somewhere-else-with-a-long-name.onnx": ("ONNX Runtime", "1.31.1", "not stated"),
+    "my_package.models:compiled_resnet": ("python", "not known", "not stated"),
+}
+
+
+@pytest.fixture(scope="session")
+def bench_results() -> Results:
+    """A bench: five files on three runtimes of one GPU. One is no faster, one died before its first query."""
+    dense, pruned, quantised, other, died = FILES
+    times_ns = {
+        1: {dense: 2_120_000, pruned: 1_010_000, quantised: 790_000, other: 2_125_000},
+        8: {dense: 4_800_000, pruned: 2_950_000, quantised: 1_420_000, other: 5_610_000},
+    }
+    measurements = made.measured(times_ns, baseline=dense, gpu=True)
+    device = "NVIDIA H200"
+
+    def variant(name: str, number: int) -> VariantResult:
+        runtime, version, precision = FILES[name]
+        cells = measurements.get(name, [])
+        middle = cells[0].latency.median_ms.value if cells else None
+        return VariantResult(
+            name=name,
+            artefact=Artefact(
+                path=name.partition("@")[0],
+                sha256=f"{number}" * 64,
+                size_bytes=51_000_000 // (number + 1),
+                precision=precision,
+            ),
+            runtime=Runtime(name=runtime, version=version, device=device, proof={"pid": 100 + number}),
+            parameters=None,
+            macs=None,
+            accuracy=None,
+            parity=None,
+            measurements=cells,
+            server=made.server(middle, limit_ms=20.0, lanes=2) if middle and name != other else None,
+            failure=f"Variant {name!r} failed while it was measured: the process ended with signal 11 "
+            "(segmentation fault) at its first query; last line: libdevice: out of luck"
+            if name == died
+            else None,
+        )
+
+    return Results(
+        created=made.WHEN,
+        recipe={},
+        seeds={"measuring": 0},
+        environment={"gpus": [{"name": device, "driver": "590.48"}], "python": "3.12.4"},
+        variants=[variant(name, number) for number, name in enumerate(FILES)],
+        pruning=None,
+        training={},
+        not_measured={
+            "accuracy": "espalier bench times files and does not know the labels; espalier compare finds accuracies.",
+            "layers": "layers were not timed; ask with --explain.",
+        },
+        provenance={"command": "espalier bench", "inputs": "random, standard normal; 64 samples of 602112 bytes"},
     )

@@ -39,16 +39,14 @@ def test_writing_leaves_strings_alone(results):
     assert json.loads(awkward.to_json())["provenance"] == {"note": "[\n 1, 2\n]", "list": "[ 3, 4 ]"}
 
 
-def test_one_tidy_row_per_variant_and_batch(results):
+def test_one_tidy_row_per_variant_batch_and_scenario(results):
     table = rows(results)
-    assert [(row["variant"], row["batch_size"], row["scenario"]) for row in table] == [
-        ("dense", 1, "SingleStream"),
-        ("dense", 32, "Offline"),
-        ("pruned", 1, "SingleStream"),
-        ("pruned", 32, "Offline"),
-    ]
+    keys = [(row["variant"], row["batch_size"], row["scenario"], row["lanes"]) for row in table]
+    of_one = [(1, "SingleStream", 1), (32, "Offline", 1), (1, "Server", 1)]
+    of_one += [(size, "Throughput", lanes) for size in (1, 4, 16, 32) for lanes in (1, 2)]
+    assert keys == [(name, *key) for name in ("dense", "pruned") for key in of_one]
     pruned = results.variants[1]
-    last = table[-1]
+    last = next(row for row in table if row["variant"] == "pruned" and row["scenario"] == "Offline")
     assert last["latency_median_ms"] == pruned.measurements[1].latency.median_ms.value
     assert last["speedup_low"] <= last["speedup"] <= last["speedup_high"]
     assert (last["baseline"], last["verdict"]) == ("dense", "faster")
@@ -57,9 +55,54 @@ def test_one_tidy_row_per_variant_and_batch(results):
     assert last["top1_percent_samples"] == 360
 
 
+def test_rows_hold_what_surrounds_the_latency(results):
+    first = rows(results)[0]
+    measurement = results.variants[0].measurements[0]
+    assert (first["again_low"], first["again_high"]) == (measurement.again.low, measurement.again.high)
+    assert first["latency_p99_ms"] == measurement.latency.p99_ms.value
+    assert first["latency_p999_ms"] is None
+    assert first["load_s"] == 0.212
+    assert first["first_ms"] == sorted(measurement.phases.first_ms)[1]
+    assert first["host_peak_bytes"] == 104_400_000
+    assert first["roofline_reached"] == results.variants[0].rooflines[0].reached
+    assert (first["rounds"], first["processes"], first["reruns"]) == (10, 3, 1)
+    assert first["failure"] is None
+    assert first["compute_ms"] is None
+
+
+def test_the_rows_of_load_and_throughput(results):
+    dense = [row for row in rows(results) if row["variant"] == "dense"]
+    server = next(row for row in dense if row["scenario"] == "Server")
+    found = results.variants[0].server
+    assert (server["rate_per_s"], server["failing_per_s"]) == (found.rate_per_s, found.failing_per_s)
+    assert server["limit_ms"] == 5.0
+    best = next(point for point in found.points if point.valid and point.rate_per_s == found.rate_per_s)
+    assert server["latency_p99_ms"] == best.p99_ms.value <= server["limit_ms"]
+    assert server["load_s"] is None
+    assert server["throughput_per_s"] is None
+    knees = [(row["batch_size"], row["lanes"]) for row in dense if row["knee"]]
+    assert knees == [(16, 2)]
+    saturated = [row for row in dense if row["scenario"] == "Throughput"]
+    assert saturated[0]["throughput_per_s"] == results.variants[0].throughput.points[0].throughput_per_s.value
+
+
+def test_a_variant_that_failed_has_a_row_with_its_reason(bench_results):
+    table = rows(bench_results)
+    last = table[-1]
+    assert last["variant"] == "my_package.models:compiled_resnet"
+    assert "segmentation fault" in last["failure"]
+    assert last["latency_median_ms"] is None
+    assert last["scenario"] is None
+    assert table[0]["h2d_ms"] > 0
+    assert table[0]["device_bytes"] == 612_000_000
+    assert len({tuple(row) for row in table}) == 1  # the same columns in all rows
+
+
 def test_csv_reads_back_and_absent_figures_are_empty(results):
-    untimed = results.variants[1].model_copy(update={"measurements": [], "accuracy": None})
-    text = csv_text(results.model_copy(update={"variants": [results.variants[0], untimed]}))
+    bare = {"server": None, "throughput": None, "rooflines": []}
+    timed = results.variants[0].model_copy(update=bare)
+    untimed = results.variants[1].model_copy(update=bare | {"measurements": [], "accuracy": None})
+    text = csv_text(results.model_copy(update={"variants": [timed, untimed]}))
     read = list(csv.DictReader(io.StringIO(text)))
     assert [row["variant"] for row in read] == ["dense", "dense", "pruned"]
     assert float(read[0]["latency_median_ms"]) == pytest.approx(0.612, rel=0.02)
@@ -73,13 +116,22 @@ def test_accuracy_carries_its_interval_and_samples():
     assert accuracy.top1_percent.low == pytest.approx(49.02, abs=0.01)
 
 
-def test_the_baseline_is_found_on_the_same_runtime_and_precision(results):
+def test_the_baseline_is_the_one_most_like_the_variant(results):
     dense, pruned = results.variants
+    speedup = pruned.measurements[0].speedup
     elsewhere = dense.model_copy(update={"runtime": dense.runtime.model_copy(update={"name": "PyTorch"}), "macs": 1})
     half = dense.model_copy(update={"artefact": dense.artefact.model_copy(update={"precision": "fp16"}), "macs": 2})
     document = results.model_copy(update={"variants": [elsewhere, half, dense, pruned]})
-    assert document.baseline_of(pruned, pruned.measurements[0].speedup) is dense
-    assert results.baseline_of(elsewhere, pruned.measurements[0].speedup) is None
+    assert document.baseline_of(pruned, speedup) is dense
+    assert results.model_copy(update={"variants": [elsewhere, half]}).baseline_of(pruned, speedup) is half
+
+
+def test_the_baseline_may_run_on_another_runtime(results):
+    dense, pruned = results.variants
+    elsewhere = pruned.model_copy(update={"runtime": pruned.runtime.model_copy(update={"name": "TensorRT"})})
+    assert results.baseline_of(elsewhere, pruned.measurements[0].speedup) is dense
+    nobody = pruned.measurements[0].speedup.model_copy(update={"baseline": "nobody"})
+    assert results.baseline_of(pruned, nobody) is None
 
 
 @pytest.mark.parametrize(

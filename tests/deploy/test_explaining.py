@@ -10,7 +10,7 @@ from benchmarks.harness.peaks import Peak
 from compress.errors import InputError
 from deploy.explaining import Side, explain, layers
 from deploy.explaining_findings import remedies
-from deploy.explaining_records import Explanation, Finding
+from benchmarks.harness.explanation import Explanation, Finding
 from deploy.explaining_views import tables
 from deploy.layer_times import LayerTime
 from deploy.work import LayerWork

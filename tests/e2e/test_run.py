@@ -51,7 +51,7 @@ def test_stdout_is_the_results_document(unbroken: "subprocess.CompletedProcess[s
     assert pruned.parameters < dense.parameters
     for variant in results.variants:
         assert [measurement.batch_size for measurement in variant.measurements] == [1, 4]
-        assert all(len(measurement.samples_ms) == 3 for measurement in variant.measurements)
+        assert all(len(measurement.samples_ms) >= 2 for measurement in variant.measurements)
         assert variant.accuracy is not None
         assert variant.accuracy.top1_percent.value > 50  # chance is 10
         assert variant.accuracy.top1_percent.samples == 360
