@@ -1,5 +1,6 @@
 """What can be timed, as a user names it: files, checkpoints, Python functions, and the runtime that executes each."""
 
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,7 +18,7 @@ from compress.files import sha256
 from deploy.engine import SUFFIX as PLAN
 from deploy.metadata import decode
 from deploy.onnx_file import SUFFIX as ONNX
-from deploy.onnx_file import onnx_specs, read_onnx
+from deploy.onnx_file import external_name, onnx_specs, read_onnx
 from deploy.runtimes import RUNTIMES, check_device
 from deploy.subjects import open_artefact, open_callable
 from deploy.tensor_spec import TensorSpec
@@ -52,6 +53,11 @@ class Opening:
     trusted_manifest: Path | None = None
     trust: tuple[str, ...] = ()
 
+    @property
+    def number_of_threads(self) -> int:
+        """Those given, else as many as PyTorch uses; asked here, as most runtimes do without PyTorch."""
+        return self.threads if self.threads is not None else torch.get_num_threads()
+
     def candidate(self, target: Target, *, pool: Path, batch_size: int) -> Candidate:
         """The target, to be opened in a process of its own."""
         if target.kind == "function":
@@ -67,7 +73,7 @@ class Opening:
             "pool": str(pool),
             "batch_size": batch_size,
             "device": self.device,
-            "threads": self.threads or torch.get_num_threads(),  # asked here: most runtimes do without PyTorch
+            "threads": self.number_of_threads,
             "runtime": target.runtime,
             "trusted_manifest": str(self.trusted_manifest) if target.kind == "plan" and self.trusted_manifest else None,
             "trust": self.trust,
@@ -207,11 +213,19 @@ def _onnx(text: str, path: Path, runtime: str | None) -> Target:
     about = decode(model.metadata_props, str(path))
     artefact = Artefact(
         path=str(path),
-        sha256=sha256(path),
-        size_bytes=path.stat().st_size,
+        **_fingerprint(path),
         precision="not stated" if about is None else about.precision,
     )
     return Target(text, "onnx", str(path), runtime, onnx_specs(model, path)[0], artefact)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    """SHA-256 and size of an ONNX file; with weights in a file beside it, of both together."""
+    weights = path.parent / external_name(path)
+    if not weights.is_file():
+        return {"sha256": sha256(path), "size_bytes": path.stat().st_size}
+    both = hashlib.sha256(f"{sha256(path)} {sha256(weights)}".encode()).hexdigest()
+    return {"sha256": both, "size_bytes": path.stat().st_size + weights.stat().st_size}
 
 
 def _function(text: str, module: str, runtime: str) -> Target:

@@ -16,7 +16,7 @@ from benchmarks.harness.environment import environment
 from benchmarks.harness.errors import HarnessError
 from benchmarks.harness.measure import Measurement, measure
 from benchmarks.harness.processes import RemoteSession
-from benchmarks.harness.results import Results, Runtime, VariantResult, csv_text
+from benchmarks.harness.results import Results, Runtime, Section, VariantResult, csv_text
 from benchmarks.harness.rounds import Plan
 from benchmarks.harness.server import ServerResult, highest_rate
 from benchmarks.harness.throughput import ThroughputResult, sweep
@@ -24,7 +24,8 @@ from compress.errors import InputError
 from compress.files import make_directory, write_text
 from compress.progress import progress_bar
 from deploy.bench_targets import Opening, Target, common_inputs
-from deploy.pool import FLOATS, last_level_cache_bytes, pool_images, random_inputs, write_pool
+from deploy.limits import Limits, Measurable, find_limits
+from deploy.pool import FLOATS, last_level_cache_bytes, pool_images, random_inputs, read_arrays, write_pool
 from deploy.runtimes import RUNTIMES
 from deploy.tensor_spec import TensorSpec
 from deploy.watching import shown_on, watched
@@ -112,6 +113,7 @@ def bench(targets: Sequence[Target], settings: Settings, opening: Opening) -> Re
     cells: dict[str, list[BatchMeasurement]] = {target.name: [] for target in targets}
     failures: dict[str, str] = {}
     descriptions: dict[str, dict[str, Any]] = {}
+    limits: list[Limits] = []
     with TemporaryDirectory(prefix="espalier-bench-") as folder, watched(opening.device) as watch:
         pool = Path(folder)
         inputs = _write_pool(pool, specs, settings, opening)
@@ -121,6 +123,7 @@ def bench(targets: Sequence[Target], settings: Settings, opening: Opening) -> Re
             for name, measured in found.variants.items():
                 cells[name].append(BatchMeasurement.of(measured, found, gap_s=settings.plan.idle_gap_s))
                 descriptions[name] = measured.description
+            limits.append(_limits(targets, settings, opening, pool, batch_size, found))
         alive = [target for target in targets if target.name not in failures]
         servers = _serve(alive, settings, opening, pool, failures)
         sweeps = _sweep(alive, settings, opening, pool, failures)
@@ -137,19 +140,21 @@ def bench(targets: Sequence[Target], settings: Settings, opening: Opening) -> Re
                 artefact=target.artefact,
                 runtime=_runtime(target, descriptions.get(target.name), opening.device),
                 parameters=None,
-                macs=None,
+                macs=next((found.macs[target.name] for found in limits if target.name in found.macs), None),
                 accuracy=None,
                 parity=None,
                 measurements=cells[target.name],
                 server=servers.get(target.name),
                 throughput=sweeps.get(target.name),
+                rooflines=[found.rooflines[target.name] for found in limits if target.name in found.rooflines],
                 failure=failures.get(target.name),
             )
             for target in targets
         ],
         pruning=None,
         training={},
-        not_measured=_left_out(settings),
+        explanations=[explanation for found in limits for explanation in found.explanations],
+        not_measured=_left_out(settings, limits),
         provenance={"command": "espalier bench", "inputs": inputs},
     )
 
@@ -207,6 +212,30 @@ def _measure(
                 stopped_by="time",
                 elapsed_s=0.0,
             )
+
+
+def _limits(
+    targets: Sequence[Target], settings: Settings, opening: Opening, pool: Path, batch_size: int, found: Measurement
+) -> Limits:
+    measured = [
+        Measurable(
+            target.name,
+            Path(target.place),
+            runtime=target.runtime,
+            trusted_manifest=opening.trusted_manifest if target.kind == "plan" else None,
+            trust=opening.trust,
+        )
+        for target in targets
+        if target.kind != "function"
+    ]
+    return find_limits(
+        measured,
+        [array[:batch_size] for array in read_arrays(pool)],
+        {name: variant.median_ms.value for name, variant in found.variants.items()},
+        device=opening.device,
+        threads=opening.number_of_threads,
+        with_layers=settings.explain,
+    )
 
 
 def _serve(
@@ -325,12 +354,17 @@ def _runtime(target: Target, description: dict[str, Any] | None, device: str) ->
     return Runtime(name=name, version="not known", device=device, proof=None)
 
 
-def _left_out(settings: Settings) -> dict[Any, str]:
-    found = {"accuracy": "espalier bench times files and does not know the labels; espalier compare finds accuracies."}
+def _left_out(settings: Settings, limits: Sequence[Limits]) -> dict[Section, str]:
+    found: dict[Section, str] = {
+        "accuracy": "espalier bench times files and does not know the labels; espalier compare finds accuracies."
+    }
     if settings.limit_ms is None:
         found["server"] = "no limit of latency was given; ask with --scenario Server --limit MS."
     if not settings.lanes:
         found["throughput"] = "no numbers of queries at once were given; ask with --streams 1,2,4."
     if not settings.explain:
         found["layers"] = "layers were not timed; ask with --explain."
+    problems = list(dict.fromkeys(f"{name}: {problem}" for limit in limits for name, problem in limit.problems.items()))
+    if problems:
+        found["roofline"] = "; ".join(problems)
     return found

@@ -230,7 +230,7 @@ def bench(
     with command(debug=debug):
         from benchmarks.harness.rounds import Plan
         from benchmarks.harness.tables import summary
-        from deploy import bench_targets, benching
+        from deploy import bench_targets, benching, explaining_views
 
         opening = bench_targets.Opening(
             device=device, threads=threads, trusted_manifest=trust_manifest, trust=tuple(trust or ())
@@ -259,7 +259,8 @@ def bench(
         if json:
             emit(results.to_json())
         else:
-            show(summary(results), *([f"Report: {out / 'report.html'}"] if out is not None else []))
+            explained = [part for explanation in results.explanations for part in explaining_views.tables(explanation)]
+            show(summary(results), *explained, *([f"Report: {out / 'report.html'}"] if out is not None else []))
         benching.require_all(results)
 
 

@@ -62,6 +62,12 @@ def assemble(run: Run, outcomes: Outcomes) -> Results:
         environment=outcomes["measure"]["environment"],
         variants=[_variant(run, deployed, outcomes) for deployed in run.deployed],
         pruning=_pruning(outcomes),
+        explanations=outcomes["measure"]["explanations"],
+        not_measured={
+            "server": "espalier run times queries one after the other; ask with espalier bench --scenario Server.",
+            "throughput": "espalier run has one query at a time; ask with espalier bench --streams 1,2,4.",
+            **({} if run.recipe.measure.layers else {"layers": "measure.layers is false in the recipe."}),
+        },
         training={stage: outcomes[stage]["training"] for stage in TRAININGS},
         provenance={
             "command": "espalier run recipe.yaml",
@@ -114,6 +120,7 @@ def _variant(run: Run, deployed: Deployed, outcomes: Outcomes) -> VariantResult:
         measurements=[
             BatchMeasurement.model_validate(item) for item in outcomes["measure"]["measurements"][deployed.label]
         ],
+        rooflines=outcomes["measure"]["rooflines"][deployed.label],
     )
 
 

@@ -26,11 +26,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
+from benchmarks.harness.explanation import Explanation, Layer
 from benchmarks.harness.peaks import Peak
 from benchmarks.harness.roofline import Work, limit, peak_of
 from compress.errors import InputError
 from deploy.explaining_findings import NEAR_FLOOR, Parts, findings, is_conversion, row
-from benchmarks.harness.explanation import Explanation, Layer
 from deploy.layer_times import LayerTime
 from deploy.work import LayerWork, OnnxWork
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from benchmarks.harness.explanation import Cause, Finding, Layer, Row
 from deploy.explaining_reasons import (
     left_blocks,
     misaligned,
@@ -20,7 +21,6 @@ from deploy.explaining_reasons import (
     of_uneven,
     of_unfused,
 )
-from benchmarks.harness.explanation import Cause, Finding, Layer, Row
 
 TOLERANCE = 0.1
 """A layer that takes up to so much longer than expected loses nothing to speak of: as exact as its time is."""

@@ -7,8 +7,8 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from benchmarks.harness import numerals
-from deploy.explaining_findings import remedies
 from benchmarks.harness.explanation import Explanation, Finding, Layer, Row
+from deploy.explaining_findings import remedies
 
 NAMED_LAYERS = 3
 

@@ -15,12 +15,13 @@ from benchmarks.harness.cells import BatchMeasurement
 from benchmarks.harness.counters import macs, parameters
 from benchmarks.harness.environment import environment
 from benchmarks.harness.errors import HarnessError
-from benchmarks.harness.measure import measure
+from benchmarks.harness.measure import Measurement, measure
 from benchmarks.harness.rounds import Plan
 from benchmarks.harness.subject import Candidate
 from compress.progress import progress_bar
 from deploy import manifest
-from deploy.pool import last_level_cache_bytes, pool_images, write_pool
+from deploy.limits import Limits, Measurable, find_limits
+from deploy.pool import last_level_cache_bytes, pool_images, read_arrays, write_pool
 from deploy.stages import VARIANTS, Run, sample_images
 from deploy.subjects import open_artefact
 from deploy.watching import shown_on, watched
@@ -49,6 +50,8 @@ def time_artifacts(run: Run) -> dict[str, Any]:
         idle_gap_s=GAP_S,
     )
     measurements: dict[str, list[Any]] = {deployed.label: [] for deployed in run.deployed}
+    rooflines: dict[str, list[Any]] = {deployed.label: [] for deployed in run.deployed}
+    explanations: list[Any] = []
     runtimes: dict[str, Any] = {}
     with TemporaryDirectory(prefix="espalier-measure-") as folder, watched(run.serving.device) as watch:
         pool = Path(folder)
@@ -69,6 +72,12 @@ def time_artifacts(run: Run) -> dict[str, Any]:
                 "timed at batch %d: %d rounds in %.0f s, ended by %s",
                 *(batch_size, len(measurement.order), measurement.elapsed_s, measurement.stopped_by),
             )
+            found = _limits(run, pool, batch_size, measurement)
+            for name, problem in found.problems.items():
+                logger.info("%s: no limit at batch %d: %s", name, batch_size, problem)
+            for name, roofline in found.rooflines.items():
+                rooflines[name].append(roofline.model_dump(mode="json"))
+            explanations += [explanation.model_dump(mode="json") for explanation in found.explanations]
             for name, measured in measurement.variants.items():
                 cell = BatchMeasurement.of(measured, measurement, gap_s=GAP_S)
                 measurements[name].append(cell.model_dump(mode="json"))
@@ -77,6 +86,8 @@ def time_artifacts(run: Run) -> dict[str, Any]:
         "runtimes": runtimes,
         "counts": {variant: _count(run.load(variant), run.data.image_shape) for variant in VARIANTS},
         "measurements": measurements,
+        "rooflines": rooflines,
+        "explanations": explanations,
         "environment": environment(),
     }
 
@@ -86,12 +97,27 @@ def _candidates(run: Run, pool: Path, batch_size: int) -> list[Candidate]:
         "pool": str(pool),
         "batch_size": batch_size,
         "device": run.serving.device,
-        "threads": run.recipe.measure.threads or torch.get_num_threads(),
+        "threads": _threads(run),
     }
     return [
         Candidate(deployed.label, open_artefact, {"artefact": str(deployed.file), **arguments}, batch_size)
         for deployed in run.deployed
     ]
+
+
+def _limits(run: Run, pool: Path, batch_size: int, measurement: Measurement) -> Limits:
+    return find_limits(
+        [Measurable(deployed.label, deployed.file) for deployed in run.deployed],
+        [array[:batch_size] for array in read_arrays(pool)],
+        {name: variant.median_ms.value for name, variant in measurement.variants.items()},
+        device=run.serving.device,
+        threads=_threads(run),
+        with_layers=run.recipe.measure.layers,
+    )
+
+
+def _threads(run: Run) -> int:
+    return run.recipe.measure.threads or torch.get_num_threads()
 
 
 def _write_pool(run: Run, pool: Path) -> None:

@@ -159,6 +159,7 @@ class MeasureSection(Section):
     time_limit_s: float = Field(
         120.0, gt=0, description="for each batch size; rounds go on until all ratios are known to 0.5 %, or until then"
     )
+    layers: bool = Field(True, description="whether layers are timed too, to say where the time went")
     threads: int | None = Field(None, ge=1, description="CPU threads of one inference; null takes PyTorch's number")
 
     @field_validator("batch_sizes")

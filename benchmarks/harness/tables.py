@@ -24,6 +24,7 @@ from benchmarks.harness.report_names import (
     sentence,
 )
 from benchmarks.harness.report_tables import tables as found_tables
+from benchmarks.harness.report_words import macs_of
 from benchmarks.harness.results import Results, VariantResult
 from benchmarks.harness.statistics import SAMPLES_NEEDED, Estimate
 
@@ -106,7 +107,7 @@ def _main_table(results: Results, *, narrow: bool) -> Table:
     timed = [m for variant in variants for m in variant.measurements]
     known = {
         "params": any(variant.parameters is not None for variant in variants) and not narrow,
-        "MACs": any(variant.macs is not None for variant in variants),
+        "MACs": any(macs_of(variant) is not None for variant in variants),
         "top-1": any(variant.accuracy for variant in variants),
         "p99 ms": any(m.latency.p99_ms for m in timed),
         "speedup": any(m.speedup for m in timed),
@@ -120,9 +121,10 @@ def _main_table(results: Results, *, narrow: bool) -> Table:
             table.add_column(header, justify="right", no_wrap=True)
     baseline = baseline_name(results)
     for name, variant in zip(names, variants, strict=True):
+        macs = macs_of(variant)
         network = {
             "params": "n/a" if variant.parameters is None else numerals.compact(variant.parameters),
-            "MACs": "n/a" if variant.macs is None else numerals.compact(variant.macs),
+            "MACs": "n/a" if macs is None else numerals.compact(macs),
             "top-1": numerals.percent(variant.accuracy.top1_percent.value) if variant.accuracy else "n/a",
         }
         own = _own_place(variant, shared)

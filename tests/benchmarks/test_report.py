@@ -8,7 +8,9 @@ import pytest
 
 from benchmarks.harness.report import compared, headline, report_html
 from benchmarks.harness.report_layers import layer_pairs
+from benchmarks.harness.report_method import conditions_line, flat
 from benchmarks.harness.report_names import display_names
+from benchmarks.harness.report_words import macs_of
 from tests.benchmarks import made_results as made
 
 VOID = {"meta", "br", "path", "use", "rect", "link"}
@@ -302,6 +304,55 @@ def test_names_from_outside_are_escaped(results):
     hostile = pruned.model_copy(update={"name": '"><script>alert(1)</script>'})
     page = report_html(results.model_copy(update={"variants": [dense, hostile]}))
     assert not Page(page).tags["script"]
+
+
+def test_the_environment_is_told_in_few_words():
+    pairs = flat(
+        {
+            "cpu": {"model": "EPYC", "quota_cores": None, "caches": [{"level": 1, "size_bytes": 49152, "type": None}]},
+            "memory": {"total_bytes": 25_276_510_208, "limit_bytes": None},
+            "threads": {"OMP_NUM_THREADS": "1", "affinity": [0, 1]},
+            "gpus": [],
+            "dirty": False,
+        }
+    )
+    assert pairs == [
+        ("cpu · model", "EPYC"),
+        ("cpu · caches", "level 1, size 49.15 kB"),
+        ("memory · total", "25.28 GB"),
+        ("threads · OMP_NUM_THREADS", "1"),
+        ("threads · affinity", "0, 1"),
+        ("gpus", "none"),
+        ("dirty", "no"),
+        ("not known", "cpu · quota cores, memory · limit"),
+    ]
+
+
+def test_a_machine_that_does_not_tell_is_not_called_undisturbed(results):
+    seen = made.conditions()
+    mute = seen.model_copy(
+        update={"throttled_slots": 0, "throttle_reasons": {}, "quota_periods_throttled": None, "steal_percent": None}
+    )
+
+    def with_conditions(conditions):
+        variants = [
+            variant.model_copy(
+                update={"measurements": [m.model_copy(update={"conditions": conditions}) for m in variant.measurements]}
+            )
+            for variant in results.variants
+        ]
+        return conditions_line(results.model_copy(update={"variants": variants}))
+
+    assert "this machine does not tell whether it held the hardware back" in with_conditions(mute)
+    assert "nothing held the hardware back" in with_conditions(mute.model_copy(update={"cpu_throttle_events": 0}))
+    assert with_conditions(None) == ""
+
+
+def test_macs_come_from_the_limit_where_the_document_has_none(results):
+    dense = results.variants[0].model_copy(update={"macs": None})
+    assert macs_of(dense) is None  # its limit leaves an operator out
+    rooflines = [roofline.model_copy(update={"uncounted": []}) for roofline in dense.rooflines]
+    assert macs_of(dense.model_copy(update={"rooflines": rooflines})) == rooflines[1].macs // 32
 
 
 def test_hostile_names_reach_no_figure_unescaped(bench_results):

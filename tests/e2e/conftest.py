@@ -54,6 +54,7 @@ measure:
   seconds_per_round: 0.1
   queries_per_round: 5
   time_limit_s: 3
+  layers: false
 """
 
 Espalier = Callable[..., "subprocess.CompletedProcess[str]"]
