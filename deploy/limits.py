@@ -81,7 +81,11 @@ def find_limits(
             works[item.name], found.macs[item.name] = _work(item, batch)
         except (EspalierError, HarnessInputError) as error:
             found.problems[item.name] = first_line(error)
-    peaks = _peaks(works, device, threads)
+    try:
+        peaks = _peaks(works, device, threads)
+    except (HarnessError, HarnessInputError, RuntimeError) as error:
+        found.problems |= {name: f"no peak of this machine: {first_line(error)}" for name in works}
+        return found
     times = _times(alive, batch, device, threads, found) if with_layers else {}
     sides: dict[str, Side] = {}
     for name, work in works.items():

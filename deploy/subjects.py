@@ -5,7 +5,8 @@ Nothing that executes is imported before it is opened, so that a process holds w
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from platform import python_version
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.harness.errors import HarnessError
 from benchmarks.harness.subject import Stages, Subject
 from compress.errors import InputError, WorkError, first_line
 
@@ -43,7 +45,8 @@ def open_artefact(
         trust: modules that a checkpoint's factory may import.
 
     Raises:
-        InputError, WorkError: as `open_runtime` does.
+        InputError: as `open_runtime` does.
+        HarnessError: where that raises a WorkError.
     """
     from deploy.runtimes import check_device, open_runtime
 
@@ -54,13 +57,14 @@ def open_artefact(
         from compress import checkpoint
 
         network = checkpoint.load(path, trust=trust).to(device)
-    opened = open_runtime(
-        network,
-        device=device,
-        threads=threads,
-        runtime=runtime,
-        trusted_manifest=None if trusted_manifest is None else Path(trusted_manifest),
-    )
+    with _failing(path.name):
+        opened = open_runtime(
+            network,
+            device=device,
+            threads=threads,
+            runtime=runtime,
+            trusted_manifest=None if trusted_manifest is None else Path(trusted_manifest),
+        )
 
     def read() -> Sequence[Mapping[str, np.ndarray]]:
         from deploy.pool import read_pool
@@ -105,6 +109,15 @@ def open_callable(*, target: str, pool: str, batch_size: int, search: str) -> Su
     return _OpenFunction(target, function, Path(pool), batch_size)
 
 
+@contextmanager
+def _failing(what: str) -> Iterator[None]:
+    """What fails although the input was fine fails this subject alone, not the measurement."""
+    try:
+        yield
+    except WorkError as error:
+        raise HarnessError(f"{what}: {error}") from error
+
+
 class _OpenRuntime:
     def __init__(self, runtime: "Runtime", read: Callable[[], Sequence[Mapping[str, np.ndarray]]]) -> None:
         self._runtime = runtime
@@ -118,7 +131,8 @@ class _OpenRuntime:
     def lane(self) -> "Lane":
         self.prepare()
         assert self._pool is not None
-        return self._runtime.lane(self._pool)
+        with _failing("its first lane"):
+            return self._runtime.lane(self._pool)
 
     def description(self) -> dict[str, Any]:
         return self._runtime.description()

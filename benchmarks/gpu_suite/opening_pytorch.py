@@ -20,14 +20,10 @@ def open_checkpoint(
 ) -> Subject:
     """A checkpoint, converted to the precision.
 
-    fp32 is fp32: PyTorch may not round the inputs of convolutions to TF32, as it does by default.
-
     Raises:
         HarnessError: as `open_file` does.
     """
     try:
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
         network = checkpoint.load(artefact)
         network = (network.half() if precision == "fp16" else network).to(device)
         opened = open_runtime(network, device=device, threads=threads, runtime=runtime)

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from benchmarks.harness import numerals, report_method
 from benchmarks.harness.plots import DARK, WHITE
+from benchmarks.harness.report_explanations import explained
 from benchmarks.harness.report_figures import drawings
 from benchmarks.harness.report_names import QUANTITY_NAMES, display_names
 from benchmarks.harness.report_tables import tables
@@ -48,6 +49,7 @@ def report_html(results: Results) -> str:
         tables=found,
         drawn=drawn,
         left_out=left_out(results, drawn),
+        explained=explained(results),
         widths=_widths(results.pruning),
         quantity_names=QUANTITY_NAMES,
         light=WHITE.variables(),

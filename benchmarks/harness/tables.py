@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from textwrap import shorten, wrap
 
 from rich import box
@@ -74,6 +75,9 @@ FURTHER = {
 BESIDE = ("highest / s", "knee / s")
 """Columns whose figure means little without what stands below it in the report."""
 
+GIVEN_UP = (("params",), ("params", "p99 ms"), ("params", "p99 ms", "MACs"))
+"""Columns that a narrow terminal goes without, the fewest first; they stand in the report and in results.csv."""
+
 REASON_WIDTH = 22
 
 
@@ -88,8 +92,12 @@ class _Summary:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = _main_table(self.results, narrow=False)
-        if console.measure(table, options=options.update(max_width=1000)).maximum > options.max_width:
-            table = _main_table(self.results, narrow=True)
+        unlimited = options.update(max_width=1000)
+        if console.measure(table, options=unlimited).maximum > options.max_width:
+            for given_up, name_width in product(GIVEN_UP, (22, 14)):
+                table = _main_table(self.results, narrow=True, without=given_up, name_width=name_width)
+                if console.measure(table, options=unlimited).maximum <= options.max_width:
+                    break
         yield table
         yield from _lines(self.results)
         found = found_tables(self.results)
@@ -100,19 +108,20 @@ class _Summary:
                 yield _further_table(title, further, columns)
 
 
-def _main_table(results: Results, *, narrow: bool) -> Table:
+def _main_table(results: Results, *, narrow: bool, without: Sequence[str] = (), name_width: int = 34) -> Table:
     shared = _shared(results)
     table = _table(" · ".join(shared))
     variants, names = results.variants, display_names(results)
     timed = [m for variant in variants for m in variant.measurements]
     known = {
-        "params": any(variant.parameters is not None for variant in variants) and not narrow,
+        "params": any(variant.parameters is not None for variant in variants),
         "MACs": any(macs_of(variant) is not None for variant in variants),
         "top-1": any(variant.accuracy for variant in variants),
         "p99 ms": any(m.latency.p99_ms for m in timed),
         "speedup": any(m.speedup for m in timed),
     }
-    _add_variants(table, names, max_width=22 if narrow else 34)
+    known |= dict.fromkeys(without, False)
+    _add_variants(table, names, max_width=name_width)
     for header in ("params", "MACs", "top-1"):
         if known[header]:
             table.add_column(header, justify="right", no_wrap=True)

@@ -42,7 +42,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 class PyTorchRuntime(Runtime):
     """A module from images to logits, held in eval mode until `close`, which gives it its former mode back.
 
-    PyTorch's number of threads belongs to the process: `threads` sets it for everything else, too.
+    PyTorch's number of threads belongs to the process: `threads` sets it for everything else, too. So does TF32, which
+    on a GPU is switched off: fp32 is fp32 in every runtime.
     """
 
     def __init__(
@@ -80,6 +81,8 @@ class PyTorchRuntime(Runtime):
             )
         if threads is not None:
             torch.set_num_threads(threads)
+        if self._device.type == "cuda":
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         floating = [tensor.dtype for _, tensor in tensors if tensor.is_floating_point()]
         dtype = str(floating[0] if floating else torch.float32).removeprefix("torch.")
         self.inputs = (TensorSpec(INPUT_NAME, dtype, ("batch", None, None, None)),)

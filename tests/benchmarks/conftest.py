@@ -92,6 +92,7 @@ def results() -> Results:
                 for index, fraction in enumerate(fractions, start=1)
             ],
         ),
+        explanations=[made.explanation("dense", "pruned", baseline_ms=0.6, variant_ms=0.4)],
         training={"baseline": [{"epoch": 1, "loss": 0.41, "top1_percent": 93.1}]},
         provenance={"command": "espalier run"},
     )

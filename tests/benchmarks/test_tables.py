@@ -52,6 +52,18 @@ def test_no_terminal_cuts_a_figure_off(request, fixture, width):
     assert "612.0 MB" in text or fixture == "results"  # the last column of the widest table
 
 
+def test_a_narrow_terminal_goes_without_columns_before_it_cuts_one(results):
+    dense, pruned = results.variants
+    names = {"dense at full precision": dense, "pruned at full precision": pruned}
+    wordy = [variant.model_copy(update={"name": name}) for name, variant in names.items()]
+    text = printed(results.model_copy(update={"variants": wordy}), 80)
+    header = text.splitlines()[1]
+    assert "p99" not in header
+    assert "params" not in header
+    assert header.rstrip().endswith("speedup")
+    assert "[1.93, 1.95]" in text
+
+
 def test_precisions_are_told_apart(results):
     dense, pruned = results.variants
     half = pruned.model_copy(update={"artefact": pruned.artefact.model_copy(update={"precision": "fp16"})})

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from deploy import (
+    bench_targets,
     benching,  # noqa: F401  imported before anything is replaced, as it takes names from deploy.runtimes
     manifest,
     pipeline,
@@ -27,7 +28,8 @@ from tests.fakes.tensorrt import build_fake, faults
 @pytest.fixture(autouse=True)
 def _gpu(tensorrt: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sessions_here: None) -> None:
     """A machine with the fake's GPU: only PyTorch's own look for one is left out. Its user has built nothing yet."""
-    monkeypatch.setattr(runtimes, "check_device", lambda _: None)
+    for module in (runtimes, bench_targets):
+        monkeypatch.setattr(module, "check_device", lambda _: None)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
 
