@@ -83,7 +83,7 @@ def test_both_minima_are_reached(machine):
     measurement = measure(
         [machine.variant("quick", 1_000_000, noise=0), machine.variant("slow", 100_000_000, noise=0)],
         baseline="slow",
-        plan=Plan(rounds=2, seconds=0.5, queries=10, warmup_s=0),
+        plan=Plan(rounds=2, seconds=0.5, queries=10, warmup_s=0, time_budget_s=600),
         clock=machine.clock,
     )
     assert [samples.size for samples in measurement.variants["quick"].rounds_ns] == [500, 500]
