@@ -5,8 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.gpu_suite.groups import Precision
 from benchmarks.gpu_suite.opening import OpenNetwork, failed
 from benchmarks.harness.processes import call
