@@ -17,8 +17,8 @@ from typing import Any
 
 from benchmarks.harness.environment import environment
 from benchmarks.harness.measure import Measurement, measure
+from benchmarks.harness.ratios import half_width
 from benchmarks.harness.rounds import Plan
-from benchmarks.harness.statistics import half_width
 from benchmarks.harness.subject import Candidate
 from benchmarks.slowed import open_slowed
 from deploy.subjects import open_artefact

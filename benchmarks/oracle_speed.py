@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.harness.environment import environment
-from benchmarks.harness.statistics import median, paired_speedup
+from benchmarks.harness.ratios import paired_speedup
+from benchmarks.harness.statistics import median
 from compress import data, models
 from compress.graph import ChannelGraph, trace
 from compress.importance import Minibatch

@@ -18,8 +18,8 @@ from benchmarks.alignment import build, pruned, variant
 from benchmarks.harness.counters import macs
 from benchmarks.harness.environment import environment
 from benchmarks.harness.measure import measure
+from benchmarks.harness.ratios import paired_speedup
 from benchmarks.harness.rounds import Plan
-from benchmarks.harness.statistics import paired_speedup
 from deploy.export import export_onnx
 from deploy.precision import Target
 from deploy.precision.calibration import calibrate

@@ -1,105 +1,28 @@
 """Deployable files, checkpoints and functions timed against each other, whatever they came from."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-
-import numpy as np
 
 from benchmarks.harness.cells import BatchMeasurement
 from benchmarks.harness.conditions import Watch
 from benchmarks.harness.environment import environment
 from benchmarks.harness.errors import HarnessError
 from benchmarks.harness.measure import Measurement, measure
-from benchmarks.harness.processes import RemoteSession
 from benchmarks.harness.results import Results, Runtime, Section, VariantResult, csv_text
-from benchmarks.harness.rounds import Plan
-from benchmarks.harness.server import ServerResult, highest_rate
-from benchmarks.harness.throughput import ThroughputResult, sweep
-from compress.errors import InputError
 from compress.files import make_directory, write_text
 from compress.progress import progress_bar
+from deploy.bench_inputs import write_inputs
+from deploy.bench_load import overhead as harness_overhead
+from deploy.bench_load import serve, sweep_throughput
+from deploy.bench_settings import Settings
 from deploy.bench_targets import Opening, Target, common_inputs
 from deploy.limits import Limits, Measurable, find_limits
-from deploy.pool import FLOATS, last_level_cache_bytes, pool_images, random_inputs, read_arrays, write_pool
+from deploy.pool import read_arrays
 from deploy.runtimes import RUNTIMES
-from deploy.tensor_spec import TensorSpec
 from deploy.watching import shown_on, watched
-
-SERVER, SINGLE, MULTI, OFFLINE = "Server", "SingleStream", "MultiStream", "Offline"
-SCENARIOS = (SINGLE, MULTI, OFFLINE, SERVER)
-"""MLPerf's names; what is measured here is no submission."""
-
-MULTI_SAMPLES = 8
-"""Samples of a query in MLPerf's MultiStream."""
-
-GAP_S = 0.25
-"""Pause before the query that shows what a pause costs."""
-
-OFFLINE_SAMPLES = 32
-"""Samples of a query in Offline, where no batch is asked for."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is measured of the targets, beyond how they are opened."""
-
-    batch_sizes: tuple[int, ...] = (1,)
-    plan: Plan = field(default_factory=lambda: Plan(idle_gap_s=GAP_S))
-    """The time budget holds for each batch size, and for the server and the sweep of each target."""
-    data: str | None = None
-    """Source of real samples (see `compress.data.load`); None draws them from a standard normal distribution."""
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    limit_ms: float | None = None
-    """For the 99th percentile of the scenario Server; None leaves the scenario out."""
-    lanes: tuple[int, ...] = ()
-    """Numbers of queries at once that are swept, with every batch size; the server takes the first."""
-    explain: bool = False
-    """Whether the layers are timed, and compared with those of the first target."""
-    seed: int = 0
-
-
-def read_scenarios(names: Sequence[str], batch_sizes: Sequence[int], limit_ms: float | None) -> tuple[int, ...]:
-    """The batch sizes that the scenarios ask for; `batch_sizes` are those of the user.
-
-    Raises:
-        InputError: a scenario is unknown, or lacks what it needs, or contradicts the batch sizes.
-    """
-    unknown = [name for name in names if name not in SCENARIOS]
-    if unknown:
-        raise InputError(f"There is no scenario {unknown[0]!r}; choose from {', '.join(SCENARIOS)}.")
-    if SERVER in names and limit_ms is None:
-        raise InputError("The scenario Server needs a limit for the 99th percentile of latency: give --limit, in ms.")
-    if names and SERVER not in names and limit_ms is not None:
-        raise InputError(f"--limit is for the scenario {SERVER}: add it to --scenario, or leave --limit out.")
-    if not names:
-        return tuple(dict.fromkeys(batch_sizes)) or (1,)
-    wanted = {SINGLE: (1,), MULTI: (MULTI_SAMPLES,), SERVER: (1,)}
-    large = tuple(size for size in batch_sizes if size not in (1, MULTI_SAMPLES)) or (OFFLINE_SAMPLES,)
-    asked = [size for name in names for size in wanted.get(name, large)]
-    unused = sorted(set(batch_sizes) - set(asked))
-    if unused:
-        raise InputError(
-            f"--batch {unused[0]} belongs to no scenario asked for ({', '.join(names)}): SingleStream has batches of 1,"
-            f" MultiStream of {MULTI_SAMPLES}, Offline any other; leave one of the two out."
-        )
-    return tuple(dict.fromkeys(asked))
-
-
-def read_numbers(text: str | None, option: str) -> tuple[int, ...]:
-    """`1,8,32` -> numbers, each once.
-
-    Raises:
-        InputError: a part is no positive number.
-    """
-    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts) or (text is not None and not parts):
-        raise InputError(f"{option} is {text!r}, but takes positive whole numbers with commas between, such as 1,8,32.")
-    return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 def bench(targets: Sequence[Target], settings: Settings, opening: Opening) -> Results:
@@ -116,7 +39,7 @@ def bench(targets: Sequence[Target], settings: Settings, opening: Opening) -> Re
     limits: list[Limits] = []
     with TemporaryDirectory(prefix="espalier-bench-") as folder, watched(opening.device) as watch:
         pool = Path(folder)
-        inputs = _write_pool(pool, specs, settings, opening)
+        inputs = write_inputs(pool, specs, settings, opening)
         for batch_size in settings.batch_sizes:
             found = _measure(targets, settings, opening, pool, batch_size, watch)
             failures |= {name.removesuffix(" (again)"): reason for name, reason in found.failures.items()}
@@ -125,8 +48,9 @@ def bench(targets: Sequence[Target], settings: Settings, opening: Opening) -> Re
                 descriptions[name] = measured.description
             limits.append(_limits(targets, settings, opening, pool, batch_size, found))
         alive = [target for target in targets if target.name not in failures]
-        servers = _serve(alive, settings, opening, pool, failures)
-        sweeps = _sweep(alive, settings, opening, pool, failures)
+        overhead = None if settings.limit_ms is None else harness_overhead(settings)
+        servers = serve(alive, settings, opening, pool, failures)
+        sweeps = sweep_throughput(alive, settings, opening, pool, failures)
     if not any(cells.values()):
         raise HarnessError(next(iter(failures.values())))
     return Results(
@@ -153,6 +77,7 @@ def bench(targets: Sequence[Target], settings: Settings, opening: Opening) -> Re
         ],
         pruning=None,
         training={},
+        overhead=overhead,
         explanations=[explanation for found in limits for explanation in found.explanations],
         not_measured=_left_out(settings, limits),
         provenance={"command": "espalier bench", "inputs": inputs},
@@ -236,107 +161,6 @@ def _limits(
         threads=opening.number_of_threads,
         with_layers=settings.explain,
     )
-
-
-def _serve(
-    targets: Sequence[Target],
-    settings: Settings,
-    opening: Opening,
-    pool: Path,
-    failures: dict[str, str],
-) -> dict[str, ServerResult]:
-    """The highest rate of each target, all with the same arrivals; one that fails is entered in `failures`."""
-    found: dict[str, ServerResult] = {}
-    if settings.limit_ms is None:
-        return found
-    for target in targets:
-        session = RemoteSession(opening.candidate(target, pool=pool, batch_size=1))
-        try:
-            session.ready()
-            service_ms = session.warm(max(settings.plan.warmup_s, 0.1)) / 1e6
-            with progress_bar(f"{target.name}: highest rate within {settings.limit_ms:g} ms", None) as bar:
-                found[target.name] = highest_rate(
-                    session,
-                    limit_ms=settings.limit_ms,
-                    service_ms=service_ms,
-                    time_budget_s=settings.plan.time_budget_s,
-                    lanes=settings.lanes[0] if settings.lanes else 1,
-                    seed=settings.seed,
-                    on_point=lambda point: bar.advance(f"{point.rate_per_s:.4g} queries a second"),
-                )
-        except HarnessError as error:
-            failures[target.name] = f"Server: {error}"
-        finally:
-            session.close()
-    return found
-
-
-def _sweep(
-    targets: Sequence[Target], settings: Settings, opening: Opening, pool: Path, failures: dict[str, str]
-) -> dict[str, ThroughputResult]:
-    """Throughput over batch sizes and lanes, all targets in the same rounds."""
-    if not settings.lanes:
-        return {}
-    with ExitStack() as opened:
-        sessions: dict[int, list[RemoteSession]] = {size: [] for size in settings.batch_sizes}
-        for size in settings.batch_sizes:
-            for target in targets:
-                session = RemoteSession(opening.candidate(target, pool=pool, batch_size=size))
-                opened.callback(session.close)
-                try:
-                    session.ready()
-                except HarnessError as error:
-                    failures[target.name] = f"throughput at batch {size}: {error}"
-                else:
-                    sessions[size].append(session)
-        if not any(sessions.values()):
-            return {}
-        with progress_bar("throughput over batch sizes and lanes", None) as bar:
-            return sweep(
-                {size: ready for size, ready in sessions.items() if ready},
-                lanes=settings.lanes,
-                time_budget_s=settings.plan.time_budget_s * len(targets),
-                seconds=settings.plan.seconds,
-                warmup_s=settings.plan.warmup_s,
-                seed=settings.seed,
-                on_round=lambda done, planned: bar.advance(f"round {done} of {planned}"),
-            )
-
-
-def _write_pool(pool: Path, specs: Sequence[TensorSpec], settings: Settings, opening: Opening) -> str:
-    """Write the inputs; say what they are."""
-    sample_bytes = sum(
-        int(np.prod([size for size in spec.shape[1:] if isinstance(size, int)])) * np.dtype(spec.dtype).itemsize
-        for spec in specs
-    )
-    cache = last_level_cache_bytes()
-    count = max(pool_images(size, sample_bytes, cache) for size in settings.batch_sizes)
-    if settings.data is None:
-        write_pool(pool, random_inputs(specs, count, settings.seed))
-        what = "random, standard normal"
-    else:
-        write_pool(pool, [_images(settings.data, specs, count, opening)])
-        what = settings.data
-    return f"{what}; {count} samples of {sample_bytes} bytes, with a last-level cache of {cache} bytes"
-
-
-def _images(source: str, specs: Sequence[TensorSpec], count: int, opening: Opening) -> np.ndarray:
-    """Images of the test split, again from the beginning where there are too few: at other places in memory."""
-    from compress import data
-    from deploy.stages import sample_images
-
-    shape = specs[0].shape[1:]
-    if len(specs) != 1 or len(shape) != 3 or specs[0].dtype not in FLOATS:
-        raise InputError(
-            f"--data gives images, but the network takes {'; '.join(map(str, specs))}: leave --data out, and its "
-            "inputs are drawn at random."
-        )
-    side = shape[-1] if isinstance(shape[-1], int) else None
-    loaded = data.load(source, batch_size=64, image_size=side, augment=False, trust=opening.trust)
-    if loaded.image_shape != shape:
-        raise InputError(f"{source} has images of {loaded.image_shape}, but the network takes {shape}: give others.")
-    images = sample_images(loaded, at_least=1, at_most=count).numpy()
-    return np.resize(images, (count, *shape))
 
 
 def _runtime(target: Target, description: dict[str, Any] | None, device: str) -> Runtime:

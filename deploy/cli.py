@@ -1,4 +1,5 @@
-"""The command `espalier`: the workflow and what explains it. The files that go to production are in `cli_deploy`.
+"""The command `espalier`: the workflow and what explains it. What makes files is in `cli_deploy`, what
+measures them in `cli_measure`.
 
 Heavy imports stand inside the commands, so that --help and usage errors come at once.
 """
@@ -8,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-import deploy.cli_deploy  # noqa: F401  it brings further commands
+import deploy.cli_deploy
+import deploy.cli_measure  # noqa: F401
 from deploy.cli_app import DataSource, Debug, Json, Trust, app
 from deploy.console import command, emit, show
 

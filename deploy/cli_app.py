@@ -38,3 +38,7 @@ Trust = Annotated[
 Threads = Annotated[
     int | None, typer.Option(min=1, help="CPU threads of one inference.  \\[default: PyTorch's number]")
 ]
+
+
+def listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]

@@ -20,6 +20,7 @@ from benchmarks.harness.rounds import Plan
 from benchmarks.harness.subject import Candidate
 from compress.progress import progress_bar
 from deploy import manifest
+from deploy.bench_settings import GAP_S
 from deploy.limits import Limits, Measurable, find_limits
 from deploy.pool import last_level_cache_bytes, pool_images, read_arrays, write_pool
 from deploy.stages import VARIANTS, Run, sample_images
@@ -27,9 +28,6 @@ from deploy.subjects import open_artefact
 from deploy.watching import shown_on, watched
 
 logger = logging.getLogger(__name__)
-
-GAP_S = 0.25
-"""Pause before the query that shows what a pause costs."""
 
 
 def time_artifacts(run: Run) -> dict[str, Any]:

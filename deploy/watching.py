@@ -8,7 +8,6 @@ from benchmarks.harness.conditions import Watch
 from benchmarks.harness.errors import HarnessInputError
 from compress.progress import Bar
 
-
 logger = logging.getLogger(__name__)
 
 

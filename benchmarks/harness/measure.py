@@ -14,19 +14,17 @@ from typing import Any, Literal
 from benchmarks.harness.conditions import Conditions, Watch
 from benchmarks.harness.errors import HarnessError, HarnessInputError
 from benchmarks.harness.processes import RemoteSession
+from benchmarks.harness.ratios import half_width, paired_speedup, spread_of
 from benchmarks.harness.rounds import MIN_ROUNDS, Contest, Plan, Record
 from benchmarks.harness.session import Clock, LocalSession, Memory, Nanoseconds, Opened, Session
 from benchmarks.harness.statistics import (
     Estimate,
     Speedup,
-    half_width,
     mean_estimate,
     median,
     median_estimate,
-    paired_speedup,
     percentile_estimate,
     rate_estimate,
-    spread_of,
 )
 from benchmarks.harness.subject import Candidate, Lane, Stages
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from benchmarks.harness.cells import BatchMeasurement
 from benchmarks.harness.errors import HarnessInputError
+from benchmarks.harness.ratios import spread_of, verdict
 from benchmarks.harness.regression_environment import Difference, commit, differences
 from benchmarks.harness.regression_figures import Section, compared, place
 from benchmarks.harness.regression_records import (
@@ -24,7 +25,7 @@ from benchmarks.harness.regression_records import (
     written,
 )
 from benchmarks.harness.results import Results, VariantResult
-from benchmarks.harness.statistics import Estimate, spread_of, verdict
+from benchmarks.harness.statistics import Estimate
 from benchmarks.harness.throughput import ThroughputResult
 
 Pair = tuple[VariantResult, VariantResult]

@@ -4,9 +4,10 @@ from typing import NamedTuple
 
 from benchmarks.harness.cells import BatchMeasurement
 from benchmarks.harness.errors import HarnessInputError
+from benchmarks.harness.ratios import unpaired_ratio
 from benchmarks.harness.regression_records import Unit
 from benchmarks.harness.server import ServerResult
-from benchmarks.harness.statistics import Estimate, Verdict, median, unpaired_ratio
+from benchmarks.harness.statistics import Estimate, Verdict, median
 from benchmarks.harness.throughput import ThroughputPoint, ThroughputResult
 
 Section = BatchMeasurement | ServerResult | ThroughputResult

@@ -59,6 +59,7 @@ def report_html(results: Results) -> str:
         again_line=report_method.again_line(results),
         rounds_line=report_method.rounds_line(results),
         conditions_line=report_method.conditions_line(results),
+        overhead_line=report_method.overhead_line(results),
         peaks=report_method.peaks(results),
         environment=report_method.flat(results.environment),
         details=_details(results),

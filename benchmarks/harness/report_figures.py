@@ -5,12 +5,12 @@ from functools import partial
 
 from benchmarks.harness import plots_latency, plots_load
 from benchmarks.harness.plots import Drawing
+from benchmarks.harness.ratios import spread_of
 from benchmarks.harness.report_explanations import explanation_drawings
 from benchmarks.harness.report_layers import layer_drawings
 from benchmarks.harness.report_names import QUANTITY_NAMES, names_of, series_of, slug, slugs_of, spreads
 from benchmarks.harness.report_words import compared
 from benchmarks.harness.results import Pruning, Results
-from benchmarks.harness.statistics import spread_of
 
 
 def drawings(results: Results) -> dict[str, list[Drawing]]:

@@ -52,6 +52,18 @@ def rounds_line(results: Results) -> str:
     return f"{text}, ended by {ends}"
 
 
+def overhead_line(results: Results) -> str:
+    """What the harness itself takes of a latency; empty where that was not measured."""
+    found = results.overhead
+    if found is None:
+        return ""
+    return (
+        f"With a model that does nothing, the harness took {numerals.significant(found.overhead_us, 2)} µs a query and "
+        f"handed it over {numerals.significant(found.lateness_median_us, 2)} µs late (median; 99th percentile "
+        f"{numerals.significant(found.lateness_p99_us, 2)} µs)."
+    )
+
+
 def conditions_line(results: Results) -> str:
     """Who else used the machine, and how often it was held back; empty where nobody watched."""
     seen = [measurement.conditions for measurement in measurements(results) if measurement.conditions]

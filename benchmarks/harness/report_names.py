@@ -4,8 +4,9 @@ import re
 from collections.abc import Sequence
 
 from benchmarks.harness import numerals
+from benchmarks.harness.ratios import spread_of
 from benchmarks.harness.results import Results, VariantResult
-from benchmarks.harness.statistics import Speedup, spread_of
+from benchmarks.harness.statistics import Speedup
 
 QUANTITY_NAMES = {"macs": "MACs"}
 

@@ -18,7 +18,7 @@ from benchmarks.harness.explanation import Explanation
 from benchmarks.harness.result_rows import csv_text as csv_text
 from benchmarks.harness.result_rows import rows as rows
 from benchmarks.harness.roofline import RooflineResult
-from benchmarks.harness.server import ServerResult
+from benchmarks.harness.server import NullOverhead, ServerResult
 from benchmarks.harness.statistics import Estimate, Speedup, proportion_estimate_percent
 from benchmarks.harness.throughput import ThroughputResult
 
@@ -131,6 +131,9 @@ class Results(Record):
     pruning: Pruning | None
     training: dict[str, list[dict[str, float | int | None]]] = Field(
         description="Per phase, one record per epoch; units in the keys."
+    )
+    overhead: NullOverhead | None = Field(
+        None, description="What the harness itself takes, with a model that does nothing; measured with the server."
     )
     explanations: list[Explanation] = Field(
         default_factory=list, description="Why each variant is as fast as it is, against the first one, layer by layer."

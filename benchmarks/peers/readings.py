@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.harness.statistics import CONFIDENCE, median_estimate, paired_speedup
+from benchmarks.harness.ratios import paired_speedup
+from benchmarks.harness.statistics import CONFIDENCE, median_estimate
 
 REPORTED = {"harness": "median", "torch.Timer": "median", "timm": "mean", "ort.profiler": "median"}
 """What each clock gives as its figure, where it gives one; ONNX Runtime's record has single runs."""

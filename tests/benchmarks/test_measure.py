@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks.harness.errors import HarnessError, HarnessInputError
 from benchmarks.harness.measure import AGAIN, Variant, measure
+from benchmarks.harness.ratios import half_width
 from benchmarks.harness.rounds import Plan
-from benchmarks.harness.statistics import half_width
 
 QUICK = Plan(seconds=0.0, queries=20, warmup_s=0.0, time_budget_s=1.0)
 

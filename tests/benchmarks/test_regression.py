@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from benchmarks.harness.errors import HarnessInputError
+from benchmarks.harness.ratios import unpaired_ratio
 from benchmarks.harness.regression import compare_results
 from benchmarks.harness.regression_limits import judge, read_limits
 from benchmarks.harness.regression_records import Regression
 from benchmarks.harness.regression_table import summary
-from benchmarks.harness.statistics import unpaired_ratio
 from tests.benchmarks.made_documents import (
     CALM,
     ENVIRONMENT,

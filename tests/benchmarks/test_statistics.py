@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from benchmarks.harness import statistics
+from benchmarks.harness import ratios, statistics
 from benchmarks.harness.errors import HarnessInputError
 
 latencies = st.lists(st.lists(st.floats(0.01, 1000, allow_nan=False), min_size=1, max_size=12), min_size=2, max_size=6)
@@ -78,7 +78,7 @@ def test_rate_and_mean_by_hand():
 
 def test_paired_speedup_by_hand():
     # round medians 2, 4, 6 against 1, 2, 2: ratios 2, 2, 3; their median is 2
-    ratio = statistics.paired_speedup([[2, 2], [3, 5], [6]], [[1], [2, 2], [1, 3]], baseline="dense", seed=0)
+    ratio = ratios.paired_speedup([[2, 2], [3, 5], [6]], [[1], [2, 2], [1, 3]], baseline="dense", seed=0)
     assert ratio.value == pytest.approx(2.0)
     # Three rounds: Student's interval of the logarithms, 0.8283 +- 4.303 x 0.2341 / sqrt(3)
     assert (ratio.low, ratio.high) == (pytest.approx(1.280, abs=1e-3), pytest.approx(4.095, abs=2e-3))
@@ -86,13 +86,13 @@ def test_paired_speedup_by_hand():
 
 
 def test_paired_speedup_of_enough_rounds_ends_at_ratios_that_were_seen():
-    ratio = statistics.paired_speedup([[2.0]] * 5 + [[6.0]] * 2, [[1.0]] * 5 + [[2.0]] * 2, baseline="dense", seed=0)
+    ratio = ratios.paired_speedup([[2.0]] * 5 + [[6.0]] * 2, [[1.0]] * 5 + [[2.0]] * 2, baseline="dense", seed=0)
     assert (ratio.value, ratio.low, ratio.high) == pytest.approx((2.0, 2.0, 3.0))
 
 
 def test_the_baseline_run_twice_counts_as_its_geometric_mean():
     # 1 and 4 in every round: held against their geometric mean, 2
-    ratio = statistics.paired_speedup([[1.0]] * 6, [[1.0]] * 6, again_rounds=[[4.0]] * 6, baseline="dense", seed=0)
+    ratio = ratios.paired_speedup([[1.0]] * 6, [[1.0]] * 6, again_rounds=[[4.0]] * 6, baseline="dense", seed=0)
     assert (ratio.value, ratio.low, ratio.high) == pytest.approx((2.0, 2.0, 2.0))
 
 
@@ -101,12 +101,12 @@ def test_processes_that_differ_widen_the_interval():
     rng = np.random.default_rng(0)
     variant = [[np.exp(shift + 0.002 * rng.normal())] for shift in (-0.01, 0.0, 0.01) for _ in range(10)]
     processes = [process for process in range(3) for _ in range(10)]
-    one = statistics.paired_speedup([[1.0]] * 30, variant, baseline="a", seed=0)
-    three = statistics.paired_speedup([[1.0]] * 30, variant, baseline="a", seed=0, processes=processes)
-    assert statistics.half_width(three) > 1.5 * statistics.half_width(one)
-    assert statistics.half_width(three) >= 0.009
+    one = ratios.paired_speedup([[1.0]] * 30, variant, baseline="a", seed=0)
+    three = ratios.paired_speedup([[1.0]] * 30, variant, baseline="a", seed=0, processes=processes)
+    assert ratios.half_width(three) > 1.5 * ratios.half_width(one)
+    assert ratios.half_width(three) >= 0.009
     with pytest.raises(HarnessInputError, match="30 rounds, but processes are named for 3"):
-        statistics.paired_speedup([[1.0]] * 30, variant, baseline="a", seed=0, processes=[0, 1, 2])
+        ratios.paired_speedup([[1.0]] * 30, variant, baseline="a", seed=0, processes=[0, 1, 2])
 
 
 def test_rounds_are_drawn_by_process():
@@ -120,8 +120,8 @@ def test_rounds_are_drawn_by_process():
 
 def test_few_rounds_widen_percentile_intervals_towards_students():
     # n = 10: the tail at which a normal interval is as wide as 2.262 x sqrt(10 / 9) standard errors
-    assert statistics._tail_percent(10) == pytest.approx(0.856, abs=0.005)
-    assert statistics._tail_percent(1000) == pytest.approx(2.5, abs=0.03)
+    assert statistics.tail_percent(10) == pytest.approx(0.856, abs=0.005)
+    assert statistics.tail_percent(1000) == pytest.approx(2.5, abs=0.03)
 
 
 @pytest.mark.parametrize(
@@ -139,12 +139,12 @@ def test_few_rounds_widen_percentile_intervals_towards_students():
 def test_verdict(interval, spread, verdict):
     low, value, high = interval
     ratio = statistics.Estimate(value=value, low=low, high=high, samples=10)
-    assert statistics.verdict(ratio, spread=spread) == verdict
+    assert ratios.verdict(ratio, spread=spread) == verdict
 
 
 def test_spread_of_a_ratio_to_itself_is_its_farther_end():
     def same(low, high):
-        return statistics.spread_of(statistics.Estimate(value=1.0, low=low, high=high, samples=10))
+        return ratios.spread_of(statistics.Estimate(value=1.0, low=low, high=high, samples=10))
 
     assert same(0.98, 1.01) == pytest.approx(1 / 0.98)
     assert same(0.99, 1.03) == 1.03
@@ -154,14 +154,14 @@ def test_pairing_removes_a_drift_that_both_share():
     drift = np.linspace(1, 2, 10)[:, None]
     rng = np.random.default_rng(0)
     before, after = drift * rng.normal(1.05, 0.005, (10, 99)), drift * rng.normal(1, 0.005, (10, 99))
-    ratio = statistics.paired_speedup(before, after, baseline="a", seed=0)
+    ratio = ratios.paired_speedup(before, after, baseline="a", seed=0)
     assert ratio.verdict == "faster"
     assert ratio.high - ratio.low < 0.01
 
 
 def test_different_rounds_cannot_be_paired():
     with pytest.raises(HarnessInputError, match="same rounds"):
-        statistics.paired_speedup([[1.0]] * 3, [[1.0]] * 2, baseline="a", seed=0)
+        ratios.paired_speedup([[1.0]] * 3, [[1.0]] * 2, baseline="a", seed=0)
 
 
 @settings(max_examples=40, deadline=None)
@@ -178,15 +178,15 @@ def test_intervals_contain_the_estimate_and_repeat_by_seed(rounds, seed):
 @given(latencies, st.floats(0.01, 100), st.integers(0, 5))
 def test_ratio_ignores_a_common_scale_and_inverts_when_exchanged(rounds, scale, seed):
     other = [[value * (1 + 0.1 * i) for value in samples] for i, samples in enumerate(rounds)]
-    plain = statistics.paired_speedup(rounds, other, baseline="a", seed=seed, resamples=200)
-    scaled = statistics.paired_speedup(
+    plain = ratios.paired_speedup(rounds, other, baseline="a", seed=seed, resamples=200)
+    scaled = ratios.paired_speedup(
         [np.multiply(samples, scale) for samples in rounds],
         [np.multiply(samples, scale) for samples in other],
         baseline="a",
         seed=seed,
         resamples=200,
     )
-    swapped = statistics.paired_speedup(other, rounds, baseline="b", seed=seed, resamples=200)
+    swapped = ratios.paired_speedup(other, rounds, baseline="b", seed=seed, resamples=200)
     for one, two in ((plain.value, scaled.value), (plain.low, scaled.low), (plain.high, scaled.high)):
         assert one == pytest.approx(two, rel=1e-9)
     assert plain.value == pytest.approx(1 / swapped.value, rel=1e-9)

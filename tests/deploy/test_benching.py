@@ -9,9 +9,12 @@ from benchmarks.harness.errors import HarnessError
 from benchmarks.harness.results import load
 from benchmarks.harness.rounds import Plan
 from compress.errors import InputError
-from deploy import benching
-from deploy.bench_targets import Opening, read_shapes, read_targets
-from deploy.benching import Settings, bench, read_numbers, read_scenarios, require_all, write
+from deploy import bench_inputs
+from deploy.bench_settings import Settings, read_numbers, read_scenarios
+from deploy.bench_targets import Opening, common_inputs, read_shapes, read_targets
+from deploy.benching import bench, require_all, write
+from deploy.pool import read_arrays
+from deploy.tensor_spec import TensorSpec
 
 FUNCTIONS = """\
 import os, time
@@ -133,19 +136,19 @@ def test_server_and_sweep(functions):
 
 
 def test_real_images_fill_the_pool(tmp_path, monkeypatch):
-    monkeypatch.setattr(benching, "last_level_cache_bytes", lambda: 4 * 8 * 8 * 4 * 200)
+    monkeypatch.setattr(bench_inputs, "last_level_cache_bytes", lambda: 4 * 8 * 8 * 4 * 200)
     (tmp_path / "timed_functions.py").write_text(FUNCTIONS)
     monkeypatch.chdir(tmp_path)
     opening = Opening(threads=1)
     settings = Settings(shapes={"x": (1, 32, 32)}, data="digits")
     targets = read_targets(["timed_functions:steady"], (), opening)
-    specs = benching.common_inputs(targets, settings.shapes, (1,))
-    said = benching._write_pool(tmp_path / "pool", specs, settings, opening)
-    (images,) = benching.read_arrays(tmp_path / "pool")
+    specs = common_inputs(targets, settings.shapes, (1,))
+    said = bench_inputs.write_inputs(tmp_path / "pool", specs, settings, opening)
+    (images,) = read_arrays(tmp_path / "pool")
     assert said.startswith("digits; 100 samples of 4096 bytes")
     assert images.shape == (100, 1, 32, 32)
     assert len({image.tobytes() for image in images}) > 90
     with pytest.raises(InputError, match="digits has images of"):
-        benching._write_pool(
-            tmp_path / "pool", [benching.TensorSpec("x", "float32", ("batch", 3, 9, 7))], settings, opening
+        bench_inputs.write_inputs(
+            tmp_path / "pool", [TensorSpec("x", "float32", ("batch", 3, 9, 7))], settings, opening
         )

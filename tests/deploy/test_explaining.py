@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from benchmarks.harness.explanation import Explanation, Finding
 from benchmarks.harness.peaks import Peak
 from compress.errors import InputError
 from deploy.explaining import Side, explain, layers
 from deploy.explaining_findings import remedies
-from benchmarks.harness.explanation import Explanation, Finding
 from deploy.explaining_views import tables
 from deploy.layer_times import LayerTime
 from deploy.work import LayerWork

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from benchmarks.harness import measure
 from benchmarks.harness.session import LocalSession
 from benchmarks.harness.subject import Candidate
-from deploy import benching
+from deploy import bench_load
 from deploy.cli import app
 
 ROOT = Path(__file__).parents[2]
@@ -92,7 +92,7 @@ def sessions_here(monkeypatch: pytest.MonkeyPatch) -> None:
     def open_here(candidate: Candidate) -> LocalSession:
         return LocalSession(candidate.name, lambda: candidate.open(**candidate.arguments), candidate.batch_size)
 
-    for module in (measure, benching):
+    for module in (measure, bench_load):
         monkeypatch.setattr(module, "RemoteSession", open_here)
 
 

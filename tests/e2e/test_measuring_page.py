@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import rounds, statistics, throughput
+from benchmarks.harness import ratios, rounds, statistics, throughput
 from benchmarks.harness.rounds import Plan
-from deploy import benching, pool
-from deploy.benching import SCENARIOS
+from deploy import bench_settings, pool
+from deploy.bench_settings import SCENARIOS
 
 PAGE = Path(__file__).parents[2] / "docs" / "measuring.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -35,9 +35,9 @@ def test_the_numbers_are_those_of_the_code() -> None:
         f"at most {100 * plan.half_width:g} %",
         f"p90 from {needed[90.0]} queries on, p95 from {needed[95.0]}, p99 from {needed[99.0]}, p99.9 from\n"
         f"  {needed[99.9]:,}",
-        f"within {100 * statistics.EQUIVALENT:.0f} % of 1",
+        f"within {100 * ratios.EQUIVALENT:.0f} % of 1",
         f"where {pool.MOST_BYTES // 1024**2} MiB and {pool.MOST_BATCHES:,} queries suffice",
-        f"queries of {benching.MULTI_SAMPLES} samples",
+        f"queries of {bench_settings.MULTI_SAMPLES} samples",
         f"reach {100 * throughput.KNEE_SHARE:.0f} % of the highest throughput",
     ):
         assert stated in TEXT, stated
