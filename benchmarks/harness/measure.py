@@ -26,7 +26,8 @@ from benchmarks.harness.statistics import (
     percentile_estimate,
     rate_estimate,
 )
-from benchmarks.harness.subject import Candidate, Lane, Stages
+from benchmarks.harness.steps import StepSubject, Variant
+from benchmarks.harness.subject import Candidate, Stages
 
 Scenario = Literal["SingleStream", "MultiStream", "Offline"]
 
@@ -35,21 +36,6 @@ AGAIN = "{} (again)"
 
 LOOKS = 2000
 """Bootstrap resamples of a look at the precision on the way; the result itself takes more."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One thing to time in this very process: `step` runs one query of `batch_size` samples to its end.
-
-    Compare files by `Candidate`s, each in processes of its own: here one can warm or starve the caches and thread
-    pools of another, and nothing shows what a process's place in memory does. `close`, if given, is called once when
-    the measurement is over, whether it succeeded or not.
-    """
-
-    name: str
-    step: Callable[[], None]
-    batch_size: int = 1
-    close: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -191,44 +177,10 @@ def _check(variants: Sequence[Variant | Candidate], baseline: str, plan: Plan) -
         )
 
 
-class _StepLane:
-    """A step without inputs of its own, as a lane."""
-
-    size = 1
-
-    def __init__(self, step: Callable[[], None]) -> None:
-        self._step = step
-
-    def query(self, index: int) -> None:  # noqa: ARG002 - the step takes what it takes
-        self._step()
-
-    def stages(self, index: int) -> Stages:  # noqa: ARG002
-        begin = time.perf_counter_ns()
-        self._step()
-        return Stages(begin, begin, time.perf_counter_ns())
-
-
-class _StepSubject:
-    def __init__(self, step: Callable[[], None]) -> None:
-        self._step = step
-
-    def prepare(self) -> None:
-        pass
-
-    def lane(self) -> Lane:
-        return _StepLane(self._step)
-
-    def description(self) -> dict[str, Any]:
-        return {}
-
-    def close(self) -> None:
-        pass
-
-
 def _launcher(name: str, variant: Variant | Candidate, clock: Clock) -> Callable[[], Session]:
     if isinstance(variant, Candidate):
         return lambda: RemoteSession(replace(variant, name=name))
-    return lambda: LocalSession(name, lambda: _StepSubject(variant.step), variant.batch_size, clock)
+    return lambda: LocalSession(name, lambda: StepSubject(variant.step), variant.batch_size, clock)
 
 
 def _precise(contest: Contest, baseline: str, again: str, wanted: float) -> bool:
