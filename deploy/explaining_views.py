@@ -7,24 +7,10 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from benchmarks.harness import numerals
-from benchmarks.harness.explanation import Explanation, Finding, Layer, Row
+from benchmarks.harness.explanation import CAUSES, Explanation, Finding, Layer, Row
 from deploy.explaining_findings import remedies
 
 NAMED_LAYERS = 3
-
-HEADLINES = {
-    "uneven": "work fell where little time is spent",
-    "memory": "layers wait for memory",
-    "type": "layers run in another type",
-    "launch": "layers too small for a kernel",
-    "misaligned": "widths that do not suit the kernels",
-    "kernel": "kernels use the machine less well",
-    "quantisation": "conversions of type",
-    "layout": "conversions of layout",
-    "unfused": "kernels that the baseline does not need",
-    "outside": "time outside of the layers",
-    "gain": "layers as fast as expected, or faster",
-}
 
 
 def tables(explanation: Explanation, *, rows: int = 15) -> list[RenderableType]:
@@ -73,7 +59,7 @@ def _bill(explanation: Explanation) -> Table:
     result.add_column("ms", justify="right")
     result.add_row("expected from the arithmetic", _ms(explanation.expected_ms))
     for item in explanation.findings:
-        result.add_row(f"{'+' if item.ms >= 0 else '-'} {HEADLINES[item.cause]}", _ms(abs(item.ms)))
+        result.add_row(f"{'+' if item.ms >= 0 else '-'} {CAUSES[item.cause]}", _ms(abs(item.ms)))
     result.add_section()
     result.add_row("measured", _ms(explanation.variant_ms))
     return result

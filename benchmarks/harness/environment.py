@@ -128,6 +128,3 @@ def _container(root: Path) -> str | None:
 def _os_name(root: Path) -> str:
     name = field(root / "etc/os-release", "PRETTY_NAME", "=")
     return name.strip('"') if name else platform.system()
-
-
-_field = field

@@ -11,6 +11,22 @@ Cause = Literal[
 ]
 
 
+CAUSES: dict[Cause, str] = {
+    "uneven": "work fell where little time is spent",
+    "memory": "layers wait for memory",
+    "type": "layers run in another type",
+    "launch": "layers too small for a kernel",
+    "misaligned": "widths that do not suit the kernels",
+    "kernel": "kernels use the machine less well",
+    "quantisation": "conversions of type",
+    "layout": "conversions of layout",
+    "unfused": "kernels that the baseline does not need",
+    "outside": "time outside of the layers",
+    "gain": "layers as fast as expected, or faster",
+}
+"""What each cause is called where people read it."""
+
+
 class Record(BaseModel):
     """Base of what is reported: immutable, no unknown keys, no NaN or infinity."""
 

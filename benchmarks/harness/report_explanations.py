@@ -4,24 +4,10 @@ from functools import partial
 from typing import Any
 
 from benchmarks.harness import numerals, plots_load
-from benchmarks.harness.explanation import Cause, Explanation, Finding
+from benchmarks.harness.explanation import CAUSES, Explanation, Finding
 from benchmarks.harness.plots import Drawing
 from benchmarks.harness.report_names import display_names, listed, sentence, slug
 from benchmarks.harness.results import Results
-
-CAUSES: dict[Cause, str] = {
-    "uneven": "work fell where little time is spent",
-    "memory": "layers wait for memory",
-    "type": "layers run in another type",
-    "launch": "layers too small for a kernel",
-    "misaligned": "widths that do not suit the kernels",
-    "kernel": "kernels use the machine less well",
-    "quantisation": "conversions of type",
-    "layout": "conversions of layout",
-    "unfused": "kernels that the baseline does not need",
-    "outside": "time outside of the layers",
-    "gain": "layers as fast as expected, or faster",
-}
 
 WORTH_NAMING = 0.01
 """Share of the measured time below which a finding gets no sentence."""
