@@ -56,7 +56,7 @@ def measured(
 ) -> dict[str, list[BatchMeasurement]]:
     """Batch size -> variant -> nanoseconds of a query: measured together on a fake clock, with made-up surroundings."""
     machine = FakeMachine(seed)
-    plan = Plan(rounds=10, seconds=0.05, half_width=1.0)
+    plan = Plan(rounds=10, seconds=0.05, half_width=1.0, time_budget_s=600)
     found: dict[str, list[BatchMeasurement]] = {}
     for size, of_size in times_ns.items():
         variants = [machine.variant(name, ns, batch_size=size) for name, ns in of_size.items()]
