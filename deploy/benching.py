@@ -1,6 +1,7 @@
 """Deployable files, checkpoints and functions timed against each other, whatever they came from."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,7 +11,7 @@ from benchmarks.harness.cells import BatchMeasurement
 from benchmarks.harness.conditions import Watch
 from benchmarks.harness.environment import environment
 from benchmarks.harness.errors import HarnessError
-from benchmarks.harness.measure import Measurement, measure
+from benchmarks.harness.measure import AGAIN, Measurement, measure
 from benchmarks.harness.results import Results, Runtime, Section, VariantResult, csv_text
 from compress.files import make_directory, write_text
 from compress.progress import progress_bar
@@ -42,7 +43,7 @@ def bench(targets: Sequence[Target], settings: Settings, opening: Opening) -> Re
         inputs = write_inputs(pool, specs, settings, opening)
         for batch_size in settings.batch_sizes:
             found = _measure(targets, settings, opening, pool, batch_size, watch)
-            failures |= {name.removesuffix(" (again)"): reason for name, reason in found.failures.items()}
+            failures |= {name.removesuffix(AGAIN.format("")): reason for name, reason in found.failures.items()}
             for name, measured in found.variants.items():
                 cells[name].append(BatchMeasurement.of(measured, found, gap_s=settings.plan.idle_gap_s))
                 descriptions[name] = measured.description
@@ -55,7 +56,7 @@ def bench(targets: Sequence[Target], settings: Settings, opening: Opening) -> Re
         raise HarnessError(next(iter(failures.values())))
     return Results(
         created=datetime.now(UTC),
-        recipe={},
+        recipe={"bench": {**asdict(settings), "device": opening.device, "threads": opening.number_of_threads}},
         seeds={"measuring": settings.seed},
         environment=environment(),
         variants=[

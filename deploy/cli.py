@@ -144,7 +144,7 @@ def correlate(
 def report(
     run_directory: Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN_DIR")], debug: Debug = False
 ) -> None:
-    """Render report.html and results.csv again from results.json."""
+    """Render report.html, results.csv and the figures again from results.json."""
     with command(debug=debug):
         from benchmarks.harness.results import load
         from deploy.documents import render

@@ -92,6 +92,7 @@ def bench(
     with command(debug=debug):
         from benchmarks.harness.rounds import Plan
         from benchmarks.harness.tables import summary
+        from compress.files import make_directory
         from deploy import bench_settings, bench_targets, benching, explaining_views
 
         opening = bench_targets.Opening(
@@ -114,6 +115,8 @@ def bench(
             explain=explain,
             seed=seed,
         )
+        if out is not None:
+            make_directory(out)  # before minutes of measuring, not after
         targets = bench_targets.read_targets(artefacts, runtime or (), opening)
         results = benching.bench(targets, settings, opening)
         if out is not None:

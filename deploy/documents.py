@@ -1,10 +1,11 @@
-"""The last stage: the outcomes of all stages brought together in `results.json`, `results.csv` and `report.html`."""
+"""The last stage: the outcomes of all stages brought together in `results.json`, a table, a page and figures."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 from benchmarks.harness.cells import BatchMeasurement
+from benchmarks.harness.figure_files import write_figures
 from benchmarks.harness.report import report_html
 from benchmarks.harness.results import (
     Accuracy,
@@ -48,8 +49,9 @@ def report(run: Run) -> dict[str, Any]:
 
 
 def render(directory: RunDirectory, results: Results) -> None:
-    """Write what follows from the results alone: the table and the page."""
+    """Write what follows from the results alone: the table, the figures and the page."""
     write_text(directory.results_csv, csv_text(results))
+    write_figures(results, directory.figures)
     write_text(directory.report, report_html(results))
 
 

@@ -73,6 +73,10 @@ class RunDirectory:
         return self.root / "report.html"
 
     @property
+    def figures(self) -> Path:
+        return self.root / "figures"
+
+    @property
     def work(self) -> Path:
         return self.root / ".work"
 
