@@ -22,7 +22,8 @@ def write_inputs(pool: Path, specs: Sequence[TensorSpec], settings: Settings, op
     count = max(pool_images(size, sample_bytes, cache) for size in settings.batch_sizes)
     if settings.data is None:
         write_pool(pool, random_inputs(specs, count, settings.seed))
-        what = "random, standard normal"
+        floats = all(spec.dtype in FLOATS for spec in specs)
+        what = "random, standard normal" if floats else "random: floats standard normal, integers from 0 to 9"
     else:
         write_pool(pool, [_images(settings.data, specs, count, opening)])
         what = settings.data

@@ -10,6 +10,7 @@ from benchmarks.harness.processes import RemoteSession
 from benchmarks.harness.server import NullOverhead, ServerResult, highest_rate, null_overhead
 from benchmarks.harness.subject import Candidate
 from benchmarks.harness.throughput import ThroughputResult, sweep
+from compress.errors import EspalierError
 from compress.progress import progress_bar
 from deploy.bench_settings import Settings
 from deploy.bench_targets import Opening, Target
@@ -41,7 +42,7 @@ def serve(
                     seed=settings.seed,
                     on_point=lambda point: bar.advance(f"{point.rate_per_s:.4g} queries a second"),
                 )
-        except HarnessError as error:
+        except (EspalierError, HarnessError) as error:
             failures[target.name] = f"Server: {error}"
         finally:
             session.close()
@@ -72,7 +73,7 @@ def sweep_throughput(
                 opened.callback(session.close)
                 try:
                     session.ready()
-                except HarnessError as error:
+                except (EspalierError, HarnessError) as error:
                     failures[target.name] = f"throughput at batch {size}: {error}"
                 else:
                     sessions[size].append(session)

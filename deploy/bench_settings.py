@@ -1,5 +1,6 @@
 """What is measured of the targets, and how the command line's words for it are read."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -48,6 +49,8 @@ def read_scenarios(names: Sequence[str], batch_sizes: Sequence[int], limit_ms: f
     unknown = [name for name in names if name not in SCENARIOS]
     if unknown:
         raise InputError(f"There is no scenario {unknown[0]!r}; choose from {', '.join(SCENARIOS)}.")
+    if limit_ms is not None and not 0 < limit_ms < math.inf:
+        raise InputError(f"--limit is {limit_ms:g}: give a positive number of milliseconds.")
     if SERVER in names and limit_ms is None:
         raise InputError("The scenario Server needs a limit for the 99th percentile of latency: give --limit, in ms.")
     if names and SERVER not in names and limit_ms is not None:

@@ -145,6 +145,8 @@ def common_inputs(
                 f"{first} takes {'; '.join(map(str, wanted))} and {other} takes {'; '.join(map(str, specs))}: give "
                 "files of one input size."
             )
+    if not wanted:
+        raise InputError(f"{first} takes no inputs: there is nothing to ask of it.")
     unknown = sorted(set(shapes) - {spec.name for spec in wanted})
     if unknown:
         raise InputError(
@@ -271,7 +273,11 @@ def _resolved(target: Target, shapes: Mapping[str, Sequence[int]]) -> tuple[Tens
         given = shapes.get(spec.name)
         sizes = tuple(given) if given is not None else spec.shape[1:]
         open_sizes = [size for size in sizes if not isinstance(size, int)]
-        if open_sizes or not spec.shape:
+        if not spec.shape:
+            raise InputError(
+                f"{target.name} takes {spec}, which has no axis for samples: it cannot be timed in batches."
+            )
+        if open_sizes:
             raise InputError(
                 f"{target.name} takes {spec}, which leaves sizes open: give them, without the batch, as "
                 f"--shape {spec.name}=3,224,224."

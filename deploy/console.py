@@ -47,12 +47,12 @@ def command(*, debug: bool, advice: str = "") -> Iterator[None]:
 
 def say(text: str) -> None:
     """One line on stderr, whatever the width of the terminal."""
-    Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(text)
+    Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False).print(text)
 
 
 def show(*renderables: RenderableType) -> None:
     """Tables and sentences on stdout."""
-    console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH, markup=False, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH, markup=False, emoji=False, highlight=False)
     for renderable in renderables:
         console.print(renderable)
 

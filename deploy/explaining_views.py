@@ -7,7 +7,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from benchmarks.harness import numerals
-from benchmarks.harness.explanation import CAUSES, Explanation, Finding, Layer, Row
+from benchmarks.harness.explanation import CAUSES, UNCLEAR, Explanation, Finding, Layer, Row
 from deploy.explaining_findings import remedies
 
 NAMED_LAYERS = 3
@@ -50,6 +50,7 @@ def _summary(explanation: Explanation) -> str:
             else "Both do the same arithmetic, so one would expect the same time. "
         )
         + f"The roofline of its layers as they ran is {_ms(explanation.variant_limit_ms)} ms."
+        + (f" {UNCLEAR}" if explanation.verdict == "unclear" else "")
     )
 
 
@@ -71,6 +72,8 @@ def _reasons(explanation: Explanation) -> list[Finding]:
 
 
 def _advice(explanation: Explanation) -> str:
+    if explanation.verdict == "unclear":
+        return ""
     worth = [(fix, ms) for fix, ms in remedies(explanation.findings) if ms > 0.01 * explanation.variant_ms]
     return (
         "\n".join(["What to do, by the milliseconds at stake:", *(f"  {_ms(ms)} ms  {fix}" for fix, ms in worth), ""])
@@ -95,9 +98,9 @@ def _layers(explanation: Explanation, count: int) -> Table:
     shown = ranked[:count] if count else ranked
     result = _table(f"Layers, those that lost or won most first ({len(shown)} of {len(ranked)})")
     result.add_column("layer", overflow="fold")
-    result.add_column("widths")
+    result.add_column("widths", overflow="fold")
     for header in ("ms before", "after", "expected", "MACs"):
-        result.add_column(header, justify="right")
+        result.add_column(header, justify="right", overflow="fold")
     result.add_column("bound by")
     result.add_column("of limit", justify="right")
     result.add_column("cause")
@@ -142,4 +145,4 @@ def _table(title: str) -> Table:
 
 
 def _ms(value: float) -> str:
-    return numerals.significant(value, 3) if abs(value) >= 0.001 else "0"
+    return numerals.significant(value, 3)

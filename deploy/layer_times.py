@@ -18,6 +18,7 @@ from torch import nn
 from compress import checkpoint
 from compress.errors import InputError
 from deploy.layer_timers import LayerTime, ModuleClock, OnnxTimer, PyTorchTimer, TensorRtTimer, Timer
+from deploy.pool import FLOATS
 from deploy.runtimes import Runtime, check_device, open_runtime
 from deploy.runtimes.onnx_runtime import OnnxRuntime
 
@@ -129,4 +130,7 @@ def _named(runtime: Runtime, batch: Batch) -> dict[str, np.ndarray]:
         return dict(batch)
     if len(batch) != len(runtime.inputs):
         raise InputError(f"{len(batch)} inputs were given, but the network takes {len(runtime.inputs)}; give those.")
-    return {spec.name: array for spec, array in zip(runtime.inputs, batch, strict=True)}
+    return {
+        spec.name: array.astype(spec.dtype) if {array.dtype.name, spec.dtype} <= FLOATS else array
+        for spec, array in zip(runtime.inputs, batch, strict=True)
+    }

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.harness.errors import HarnessError, HarnessInputError
+from benchmarks.harness.errors import HarnessInputError
 from benchmarks.harness.explanation import Explanation, Layer
+from benchmarks.harness.measure import Measured
 from benchmarks.harness.peaks import DTYPES, Peak, measured_peak
 from benchmarks.harness.processes import call
 from benchmarks.harness.roofline import RooflineResult, TimedLayer, Work
 from compress import checkpoint
-from compress.errors import EspalierError, first_line
+from compress.errors import first_line
 from deploy.engine import SUFFIX as PLAN
 from deploy.explaining import Side, explain, layers
 from deploy.layer_times import LayerTime, Timed, layer_times_together
@@ -58,7 +59,7 @@ class Limits:
 def find_limits(
     measured: Sequence[Measurable],
     batch: Sequence[np.ndarray],
-    medians_ms: Mapping[str, float],
+    variants: Mapping[str, Measured],
     *,
     device: str,
     threads: int,
@@ -70,20 +71,22 @@ def find_limits(
 
     Args:
         batch: one array for each input, the batch along the first axis.
-        medians_ms: name -> median latency of a query of this batch; what has none is left out.
+        variants: name -> what was measured at this batch; what was not is left out.
         with_layers: whether the layers are timed, together in one process of their own.
     """
     found = Limits()
+    medians_ms = {name: one.median_ms.value for name, one in variants.items()}
+    verdicts = {name: one.speedup.verdict for name, one in variants.items() if one.speedup is not None}
     alive = [item for item in measured if item.name in medians_ms]
     works: dict[str, OnnxWork | list[LayerWork]] = {}
     for item in alive:
         try:
             works[item.name], found.macs[item.name] = _work(item, batch)
-        except (EspalierError, HarnessInputError) as error:
+        except Exception as error:  # noqa: BLE001 - files of any tool come here, and the measurement must stand
             found.problems[item.name] = first_line(error)
     try:
         peaks = _peaks(works, device, threads)
-    except (HarnessError, HarnessInputError, RuntimeError) as error:
+    except Exception as error:  # noqa: BLE001 - the measurement must stand
         found.problems |= {name: f"no peak of this machine: {first_line(error)}" for name in works}
         return found
     times = _times(alive, batch, device, threads, found) if with_layers else {}
@@ -94,12 +97,17 @@ def find_limits(
             found.rooflines[name] = _roofline(work, joined, len(batch[0]), medians_ms[name], peaks)
             if joined:
                 sides[name] = Side(name, joined, medians_ms[name])
-        except (EspalierError, HarnessInputError) as error:
+        except Exception as error:  # noqa: BLE001 - the measurement must stand
             found.problems[name] = first_line(error)
     baseline = sides.get(alive[0].name) if alive else None
     for side in sides.values():
-        if baseline is not None and side is not baseline:
-            found.explanations.append(explain(baseline, side, device=device, batch_size=len(batch[0])))
+        if baseline is None or side is baseline:
+            continue
+        try:
+            explanation = explain(baseline, side, device=device, batch_size=len(batch[0]))
+            found.explanations.append(explanation.model_copy(update={"verdict": verdicts.get(side.name)}))
+        except Exception as error:  # noqa: BLE001 - the measurement must stand
+            found.problems[side.name] = first_line(error)
     return found
 
 
@@ -144,13 +152,13 @@ def _times(
     }
     try:
         return dict(zip(asked, _profile(list(asked.values())), strict=True)) if asked else {}
-    except (EspalierError, HarnessError, HarnessInputError) as error:
+    except Exception as error:  # noqa: BLE001 - the measurement must stand
         logger.info("the layers cannot be timed together, so each is by itself: %s", first_line(error))
     times = {}
     for name, timed in asked.items():
         try:
             (times[name],) = _profile([timed])
-        except (EspalierError, HarnessError, HarnessInputError) as error:
+        except Exception as error:  # noqa: BLE001 - the measurement must stand
             found.problems[name] = f"layers: {first_line(error)}"
     return times
 

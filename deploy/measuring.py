@@ -107,7 +107,7 @@ def _limits(run: Run, pool: Path, batch_size: int, measurement: Measurement) -> 
     return find_limits(
         [Measurable(deployed.label, deployed.file) for deployed in run.deployed],
         [array[:batch_size] for array in read_arrays(pool)],
-        {name: variant.median_ms.value for name, variant in measurement.variants.items()},
+        measurement.variants,
         device=run.serving.device,
         threads=_threads(run),
         with_layers=run.recipe.measure.layers,

@@ -165,7 +165,7 @@ class _OpenFunction:
         return {
             "runtime": "python",
             "version": python_version(),
-            "device": "unknown: the function decides",
+            "device": "not known",
             "function": self._target,
         }
 
@@ -184,7 +184,7 @@ class _FunctionLane:
         try:
             self._function(*self._pool[index])
         except Exception as error:  # the user's function may raise anything
-            raise WorkError(f"{self._target} failed: {type(error).__name__}: {first_line(error)}.") from error
+            raise WorkError(f"{type(error).__name__}: {first_line(error)}.") from error
 
     def stages(self, index: int) -> Stages:
         issued = time.perf_counter_ns()

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from benchmarks.harness.roofline import Bound
+from benchmarks.harness.statistics import Verdict
 
 Cause = Literal[
     "uneven", "memory", "type", "launch", "misaligned", "kernel", "quantisation", "layout", "unfused", "outside", "gain"
@@ -25,6 +26,9 @@ CAUSES: dict[Cause, str] = {
     "gain": "layers as fast as expected, or faster",
 }
 """What each cause is called where people read it."""
+
+UNCLEAR = "Whether one is faster is unclear; what follows tells how the layers were timed, and no more."
+"""What stands above an explanation of a difference that was not established."""
 
 
 class Record(BaseModel):
@@ -101,6 +105,7 @@ class Explanation(Record):
     baseline_ms: float = Field(description="Sum of the layers, and with a latency given, what is outside of them.")
     variant_ms: float
     expected_ms: float
+    verdict: Verdict | None = Field(None, description="Of the whole latencies, measured apart from the layers.")
     macs_ratio: float | None
     peak_ratio: float = Field(description="How many times faster the machine multiplies in the variant's types.")
     variant_limit_ms: float = Field(description="Sum of the limits of the variant's layers as they ran.")

@@ -47,13 +47,19 @@ def interval(estimate: Estimate) -> str:
 
 
 def ratio(number: float) -> str:
-    """A ratio: '1.62×'; two decimals below ten."""
-    return f"{number:.2f}×" if number < 10 else f"{number:.1f}×"
+    """A ratio: '1.62×'; two decimals below ten, two digits below 0.1."""
+    return f"{_ratio(number)}×"
 
 
 def ratio_interval(estimate: Estimate) -> str:
     """The interval of a ratio: '[1.58, 1.66]'."""
-    return f"[{estimate.low:.2f}, {estimate.high:.2f}]"
+    return f"[{_ratio(estimate.low, 2)}, {_ratio(estimate.high, 2)}]"
+
+
+def _ratio(number: float, decimals_above_ten: int = 1) -> str:
+    if 0 < number < 0.1:
+        return significant(number, 2)
+    return f"{number:.2f}" if number < 10 else f"{number:.{decimals_above_ten}f}"
 
 
 def percent(number: float) -> str:

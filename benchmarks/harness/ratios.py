@@ -23,7 +23,8 @@ from benchmarks.harness.statistics import (
 
 ROUNDS_TO_BOOTSTRAP = 6
 """With fewer rounds even the range of all ratios holds the true median less often than in 95 of 100 cases (all of n lie
-on one side of it with probability 2^(1 - n)), so a ratio's interval is then Student's of the logarithms."""
+on one side of it with probability 2^(1 - n)). A ratio's interval is then Student's of the logarithms, and nothing is
+claimed of it."""
 
 EQUIVALENT = 0.01
 """Two latencies whose ratio is known to lie within 1 % of 1 are called equivalent."""
@@ -78,7 +79,8 @@ def paired_speedup(
         high=float(np.exp(max(high, value))),
         samples=logs.size,
     )
-    return Speedup(**ratio.model_dump(), baseline=baseline, verdict=verdict(ratio, spread=spread))
+    claim: Verdict = "unclear" if logs.size < ROUNDS_TO_BOOTSTRAP else verdict(ratio, spread=spread)
+    return Speedup(**ratio.model_dump(), baseline=baseline, verdict=claim)
 
 
 def unpaired_ratio(

@@ -63,7 +63,7 @@ class Judgement:
     def problems(self) -> list[str]:
         """The regressions, one sentence each."""
         failed = [
-            f"{self.names.failure(item)} failed in NEW and not in OLD: {(item.new or '').rstrip('.')}."
+            f"{self.names.failure(item)} failed in NEW and did not fail in OLD: {(item.new or '').rstrip('.')}."
             for item in self.failed
         ]
         slow = [] if self.limits.slower is None else [self._slower(change) for change in self.slower]

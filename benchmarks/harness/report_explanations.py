@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.harness import numerals, plots_load
-from benchmarks.harness.explanation import CAUSES, Explanation, Finding
+from benchmarks.harness.explanation import CAUSES, UNCLEAR, Explanation, Finding
 from benchmarks.harness.plots import Drawing
 from benchmarks.harness.report_names import display_names, listed, sentence, slug
 from benchmarks.harness.results import Results
@@ -76,6 +76,7 @@ def _summary(explanation: Explanation, baseline: str, variant: str) -> str:
     return (
         f"{variant} takes {_ms(explanation.variant_ms)}, {baseline} {_ms(explanation.baseline_ms)}. {expected} "
         f"The limit of its layers as they ran is {_ms(explanation.variant_limit_ms)}."
+        f"{' ' + UNCLEAR if explanation.verdict == 'unclear' else ''}"
     )
 
 

@@ -7,6 +7,7 @@ from benchmarks.harness import numerals
 from benchmarks.harness.cells import BatchMeasurement
 from benchmarks.harness.condition_records import ConditionsSummary, Range
 from benchmarks.harness.peaks import Peak
+from benchmarks.harness.ratios import spread_of
 from benchmarks.harness.report_names import (
     between,
     counted,
@@ -19,6 +20,9 @@ from benchmarks.harness.report_names import (
 from benchmarks.harness.results import Results
 from benchmarks.harness.server import ServerResult
 from benchmarks.harness.statistics import SAMPLES_NEEDED
+
+MEANINGFUL = 1.5
+"""A larger spread of the baseline against itself is the end of an interval that knows nothing."""
 
 
 def measurements(results: Results) -> list[BatchMeasurement]:
@@ -33,6 +37,8 @@ def again_line(results: Results) -> str:
         return ""
     if not found:
         return "The baseline was not timed against itself, so how small a difference could be noise is not known."
+    if max(map(spread_of, found.values())) > MEANINGFUL:
+        return "The rounds were too few, or too disturbed, to say how far the baseline differs from itself."
     return f"The baseline differs from itself by up to {spread_words(found)}; no smaller claim is made."
 
 

@@ -241,7 +241,8 @@ def _named(results: Results) -> list[tuple[str, VariantResult]]:
 
 
 def _ratio(before: int | None, after: int | None) -> float | None:
-    return None if before is None or after is None else before / max(after, 1)
+    """None where one is not known, or has none at all to be a share of."""
+    return before / after if before and after else None
 
 
 def times(ratio: float, fewer: str, more: str) -> str:

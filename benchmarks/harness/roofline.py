@@ -122,6 +122,8 @@ class RooflineResult(BaseModel):
         limits = [limit(layer.work, peak_of(layer.dtype, peaks)) for layer in network]
         total = sum(item.ms for item in limits)
         compute = sum(item.ms for item in limits if item.bound == "compute")
+        if not network and not timed:
+            raise HarnessInputError("There is no layer whose work is known, so there is no limit.")
         used = dict.fromkeys(peak_of(layer.dtype, peaks) for layer in (*network, *timed))
         return cls(
             batch_size=batch_size,

@@ -188,7 +188,10 @@ def _lines(results: Results) -> list[Text]:
     if timed:
         how = rounds_line(results)
         again = again_line(results)
-        lines.append(Text(f"Medians and paired speedups with 95 % intervals, {how}. {again}", style="dim italic"))
+        if any(m.speedup for m in timed):
+            lines.append(Text(f"Medians and paired speedups with 95 % intervals, {how}. {again}", style="dim italic"))
+        else:
+            lines.append(Text(f"Medians with 95 % intervals, {how}.", style="dim italic"))
         verdicts = {m.speedup.verdict for m in timed if m.speedup}
         marks = []
         if "equivalent" in verdicts:

@@ -20,15 +20,16 @@ def test_every_sample_is_kept_and_right(machine):
     measurement = measure(
         [machine.variant("a", 1_000_000, noise=0), machine.variant("b", 2_000_000, noise=0)],
         baseline="a",
-        plan=replace(QUICK, rounds=3),
+        plan=replace(QUICK, rounds=6),
         clock=machine.clock,
     )
     for name, expected_ns in (("a", 1_000_000), ("b", 2_000_000)):
         rounds = measurement.variants[name].rounds_ns
-        assert [samples.tolist() for samples in rounds] == [[expected_ns] * 20] * 3
+        assert [samples.tolist() for samples in rounds] == [[expected_ns] * 20] * 6
     slow = measurement.variants["b"]
-    assert (slow.median_ms.value, slow.mean_ms.value, slow.median_ms.samples) == (2.0, 2.0, 60)
-    assert slow.p90_ms is None  # 60 samples do not carry it
+    assert (slow.median_ms.value, slow.mean_ms.value, slow.median_ms.samples) == (2.0, 2.0, 120)
+    assert slow.p95_ms is None  # 120 samples do not carry it
+    assert slow.p90_ms.value == 2
     assert slow.throughput_per_s.value == pytest.approx(500)
     assert slow.speedup.value == pytest.approx(0.5)
     assert slow.speedup.verdict == "slower"
@@ -36,6 +37,13 @@ def test_every_sample_is_kept_and_right(machine):
     assert measurement.again.value == 1
     assert measurement.again.verdict == "equivalent"
     assert measurement.stopped_by == "precision"
+
+
+def test_nothing_is_claimed_of_a_few_rounds(machine):
+    variants = [machine.variant("a", 1_000_000, noise=0), machine.variant("b", 2_000_000, noise=0)]
+    measurement = measure(variants, baseline="a", plan=replace(QUICK, rounds=5), clock=machine.clock)
+    assert measurement.variants["b"].speedup.value == pytest.approx(0.5)
+    assert measurement.variants["b"].speedup.verdict == "unclear"
 
 
 def test_throughput_counts_samples_not_queries(machine):

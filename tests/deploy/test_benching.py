@@ -1,13 +1,18 @@
 """What `espalier bench` understands, and what it makes of targets that work and targets that die."""
 
+import io
 import json
 from pathlib import Path
 
+import onnx
 import pytest
+from onnx import TensorProto, helper
+from rich.console import Console
 
 from benchmarks.harness.errors import HarnessError
-from benchmarks.harness.results import load
+from benchmarks.harness.results import Results, load
 from benchmarks.harness.rounds import Plan
+from benchmarks.harness.tables import summary
 from compress.errors import InputError
 from deploy import bench_inputs
 from deploy.bench_settings import Settings, read_numbers, read_scenarios
@@ -53,6 +58,32 @@ def run(*names: str, **settings: object):
     opening = Opening(threads=1)
     targets = read_targets([f"timed_functions:{name}" for name in names], (), opening)
     return bench(targets, Settings(plan=PLAN, shapes=read_shapes(["x=3,8,8"]), **settings), opening)  # type: ignore[arg-type]
+
+
+def text_of(results: Results) -> str:
+    console = Console(width=110, record=True, file=io.StringIO())
+    console.print(summary(results))
+    return console.export_text()
+
+
+@pytest.mark.parametrize("operator", ["Identity", "Relu"])
+def test_files_without_arithmetic_or_without_work(tmp_path, operator):
+    paths = []
+    for name, kind in (("a", operator), ("b", "Conv")):
+        value, result = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", 1, 4, 4]) for n in "xy")
+        weights = [helper.make_tensor("w", TensorProto.FLOAT, [1, 1, 1, 1], [2.0])] if kind == "Conv" else []
+        node = helper.make_node(kind, ["x", "w"] if weights else ["x"], ["y"])
+        graph = helper.make_graph([node], "g", [value], [result], weights)
+        opset = [helper.make_opsetid("", 17)]
+        onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), str(tmp_path / f"{name}.onnx"))
+        paths.append(str(tmp_path / f"{name}.onnx"))
+    opening = Opening(threads=1)
+    results = bench(read_targets(paths, (), opening), Settings(plan=PLAN, explain=True), opening)
+    require_all(results)
+    assert all(variant.measurements for variant in results.variants)
+    assert "b.onnx" in text_of(results)
+    write(results, tmp_path / "out")
+    assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
 
 
 def test_numbers():
@@ -118,9 +149,12 @@ def test_without_its_baseline_nothing_is_compared(functions):
     assert results.variants[1].measurements[0].latency.median_ms.value == pytest.approx(2, rel=0.5)
 
 
-def test_when_nothing_can_be_measured(functions):
-    with pytest.raises(HarnessError, match="device lost"):
-        run("raises")
+def test_when_nothing_can_be_measured_the_document_says_why(functions):
+    results = run("raises")
+    assert "OSError: device lost" in results.variants[0].failure
+    assert "not timed" in text_of(results) or "failed" in text_of(results)
+    with pytest.raises(HarnessError, match=r"timed_functions:raises: .*device lost"):
+        require_all(results)
 
 
 def test_server_and_sweep(functions):

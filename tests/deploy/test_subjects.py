@@ -184,7 +184,7 @@ def test_function_takes_the_inputs_in_their_order(mine: Path) -> None:
     assert subject.description() == {
         "runtime": "python",
         "version": python_version(),
-        "device": "unknown: the function decides",
+        "device": "not known",
         "function": "package_of_mine.serving:infer",
     }
     subject.close()

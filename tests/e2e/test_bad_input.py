@@ -182,6 +182,8 @@ def test_the_exit_code_of_the_process(espalier: Any, recipe_file: Path, out: Pat
         (("--scenario", "SingleStream", "--limit", "5"), "--limit is for the scenario Server"),
         (("--scenario", "SingleStream", "--batch", "4"), "--batch 4 belongs to no scenario asked for"),
         (("--streams", "-1"), "--streams"),
+        (("--scenario", "Server", "--limit", "0"), "--limit is 0: give a positive number"),
+        (("--scenario", "Server", "--limit", "nan"), "--limit is nan: give a positive number"),
         (("--time", "0"), "give a positive number of seconds"),
         (("--shape", "images"), "has the form NAME=3,224,224"),
         (("--shape", "pixels=1,32,32"), "--shape names pixels"),
