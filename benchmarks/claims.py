@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=224, help="image side in pixels")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--slow-down", type=float, default=0.03, help="share by which every query is made slower")
-    parser.add_argument("--seconds", type=float, default=55.0, help="time budget of one comparison")
+    parser.add_argument("--seconds", type=float, default=40.0, help="time budget of one comparison")
     parser.add_argument("--out", type=Path, help="file to write; stdout by default")
     options = parser.parse_args(arguments)
 

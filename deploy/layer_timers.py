@@ -17,9 +17,7 @@ from torch import nn
 from compress.errors import InputError, WorkError
 from deploy.layer_matching import origins
 from deploy.runtimes import Runtime
-from deploy.runtimes.bfloat16 import to_ort
 from deploy.runtimes.onnx_runtime import OnnxRuntime
-from deploy.runtimes.ort_errors import failures, reason
 from deploy.work import onnx_work
 from deploy.work_graph import VIEWS, compute_dtype
 
@@ -70,27 +68,18 @@ class OnnxTimer:
                 f"The layers of {path.name} cannot be timed on {device}: on GPUs ONNX Runtime's profiler times the "
                 "launches and not the kernels; time the layers of a TensorRT engine, or of the checkpoint in PyTorch."
             )
-        batch = runtime._checked(batch)
         self._path = path
         self._batch_size = len(next(iter(batch.values())))
-        options = runtime._options()
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(folder) / "run")
-        self._session = runtime._open(options)
-        self._given = {name: to_ort(runtime._ort, array, ("cpu", 0)) for name, array in batch.items()}
-        self._arrays = batch  # the values point into them
+        self._profiling = runtime.profiling(batch, Path(folder))
         self._kept: list[bool] = []
 
     def run(self, *, warm_up: int, count: int) -> None:
-        try:
-            for _ in range(warm_up + count):
-                self._session.run_with_ort_values(None, self._given)
-        except failures() as error:
-            raise WorkError(f"ONNX Runtime failed on {self._path.name}: {reason(error)}.") from error
+        for _ in range(warm_up + count):
+            self._profiling.run()
         self._kept += [False] * warm_up + [True] * count
 
     def layers(self) -> list[LayerTime]:
-        events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
+        events = json.loads(self._profiling.end().read_text(encoding="utf-8"))
         kernels = read_kernels(events, self._kept)
         graph = onnx_work(self._path, self._batch_size).graph
         found = origins([(kernel.name, kernel.kind) for kernel in kernels], graph)

@@ -253,7 +253,7 @@ def times(ratio: float, fewer: str, more: str) -> str:
 
 
 def _tile(name: str, written: Callable[[int], str], before: int, after: int) -> dict[str, str]:
-    change = times(before / max(after, 1), "less", "more")
+    change = times(before / after, "less", "more") if before and after else ""
     return {"name": name, "before": f"from {written(before)}", "after": written(after), "change": change}
 
 

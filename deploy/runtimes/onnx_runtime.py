@@ -1,6 +1,7 @@
 """ONNX Runtime: an ONNX file on the CPU or on a CUDA GPU, with proof of which provider executed it."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,6 +18,7 @@ from deploy.runtimes.ort_errors import failures, not_opened, reason
 from deploy.runtimes.ort_lanes import CPU, GpuOrtLane, OrtLane, OrtPool, output_shapes, pool_of
 from deploy.runtimes.ort_pairing import require_pairing
 from deploy.runtimes.ort_placement import Placement, read_profile
+from deploy.runtimes.ort_profiling import Profiling
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +88,7 @@ class OnnxRuntime(Runtime):
         self._cuda_graph = cuda_graph
         self._allow_fallback = allow_fallback
         self._about = decode(read_onnx(path).metadata_props, str(path))
+        self._shapes: Mapping[str, tuple[int, ...]] = {}  # of the inputs of the latest lane
         self._numbers_only = require_pairing(path.name, self._about, self._provider, for_verification=for_verification)
         self._cache = ort_providers.engine_cache(path) if self._provider.label == "tensorrt" else None
         self._placement = None if self._provider.label == "cpu" else self._prove_placement()
@@ -142,7 +145,24 @@ class OnnxRuntime(Runtime):
             return pool_of(pool, {name: [self._ort_value(array) for array in every] for name, every in arrays.items()})
         return pool_of(pool, {name: self._pinned(every) for name, every in arrays.items()})
 
+    def profiling(self, batch: Mapping[str, np.ndarray], folder: Path) -> Profiling:
+        """A session of its own, set up as this one, whose inferences on one batch are profiled node by node.
+
+        Raises:
+            InputError: as for `run`.
+        """
+        checked = self._checked(batch)
+        values = {name: self._ort_value(array) for name, array in checked.items()}
+        return Profiling(self._profiled(folder), checked, values, self._path.name)
+
+    def _profiled(self, folder: Path, *, probe: bool = False) -> Any:
+        options = self._options()
+        options.enable_profiling = True
+        options.profile_file_prefix = str(folder / "run")
+        return self._open(options, probe=probe)
+
     def _lane(self, prepared: OrtPool) -> Lane:
+        self._shapes = prepared.shapes
         shapes = output_shapes(self.inputs, self.outputs, prepared)
         if self._provider.label == "cpu":
             return OrtLane(self._ort, self._path.name, self._session, prepared, self.outputs, shapes)
@@ -249,10 +269,7 @@ class OnnxRuntime(Runtime):
     def _measure_placement(self) -> Placement:
         """What each provider executed in one run of a session of its own, in which nothing is forbidden."""
         with TemporaryDirectory(prefix="espalier-profile-") as folder:
-            options = self._options()
-            options.enable_profiling = True
-            options.profile_file_prefix = str(Path(folder) / "run")
-            session = self._open(options, probe=True)
+            session = self._profiled(Path(folder), probe=True)
             inputs, _ = self._specs(session)
             zeros = {spec.name: bfloat16.to_ort(self._ort, self._zeros(spec), ("cpu", 0)) for spec in inputs}
             try:
@@ -262,6 +279,8 @@ class OnnxRuntime(Runtime):
             return read_profile(Path(session.end_profiling()))
 
     def _zeros(self, spec: TensorSpec) -> np.ndarray:
+        if spec.name in self._shapes:
+            return np.zeros(self._shapes[spec.name], spec.dtype)
         if not all(isinstance(size, int) for size in spec.shape[1:]):
             raise InputError(
                 f"{self._path.name}: input {spec} has a dynamic dimension besides the batch; "

@@ -282,7 +282,9 @@ def test_a_limit_on_accuracy_that_could_not_be_checked_is_said():
 def test_failures_in_new_only_are_regressions():
     works = variant("a", latency(CALM))
     broken = variant("a", failure="It crashed.")
-    assert judged(document(works), document(broken)).problems() == ["a failed in NEW and not in OLD: It crashed."]
+    assert judged(document(works), document(broken)).problems() == [
+        "a failed in NEW and did not fail in OLD: It crashed."
+    ]
     other = variant("b", latency(CALM))
     assert judged(document(broken, other), document(broken, other)).problems() == []
     assert judged(document(broken, other), document(works, other)).problems() == []
@@ -301,7 +303,7 @@ def test_a_point_of_the_throughput_that_fails_now():
         ("batch 128 on 2 lanes", False),  # OLD never tried it
     ]
     assert judge(regression, read_limits(["failed"])).problems() == [
-        "net at batch 64 on 2 lanes failed in NEW and not in OLD: out of memory."
+        "net at batch 64 on 2 lanes failed in NEW and did not fail in OLD: out of memory."
     ]
 
 

@@ -86,6 +86,19 @@ def test_files_without_arithmetic_or_without_work(tmp_path, operator):
     assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
 
 
+def test_sizes_that_a_file_leaves_open(tmp_path):
+    value, result = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", 3, "h", "w"]) for n in "xy")
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [value], [result])
+    opset = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), str(tmp_path / "open.onnx"))
+    opening = Opening(threads=1)
+    targets = read_targets([str(tmp_path / "open.onnx")], (), opening)
+    results = bench(targets, Settings(plan=PLAN, shapes={"x": (3, 6, 10)}), opening)
+    require_all(results)
+    assert results.variants[0].runtime.proof["kernels_by_provider"]
+    assert results.recipe["bench"]["shapes"] == {"x": [3, 6, 10]}
+
+
 def test_numbers():
     assert read_numbers("1,8, 32,8", "--batch") == (1, 8, 32)
     assert read_numbers(None, "--batch") == ()

@@ -207,7 +207,7 @@ def test_lanes_of_a_function_share_the_pool(mine: Path) -> None:
 def test_function_that_fails(mine: Path) -> None:
     lane = opened(mine, "package_of_mine.serving:fails").lane()
     for call in (lane.query, lane.stages):
-        with pytest.raises(WorkError, match=r"package_of_mine\.serving:fails failed: KeyError: 'no such model"):
+        with pytest.raises(WorkError, match=r"^KeyError: 'no such model"):
             call(0)
 
 

@@ -47,7 +47,7 @@ def test_without_limits_only_failures_count(invoke: Any, old: Path, slower: Path
     failed = write("failed.json", document(variant("dense", latency(CALM)), variant("pruned", failure="It crashed.")))
     result = invoke("compare", old, failed)
     assert result.exit_code == 1
-    assert result.stderr == "error: pruned failed in NEW and not in OLD: It crashed.\n"
+    assert result.stderr == "error: pruned failed in NEW and did not fail in OLD: It crashed.\n"
 
 
 def test_better_or_equal_passes(invoke: Any, old: Path, slower: Path) -> None:
