@@ -124,3 +124,10 @@ def test_pytorch_graph_keeps_its_own_batch(model: nn.Module) -> None:
         runtime.run({"images": np.zeros((2, 3, 8, 8), np.float32)})
         lane.query(0)
         np.testing.assert_array_equal(lane.outputs()["logits"], first)
+
+
+def test_fp32_is_not_rounded_to_tf32(model: nn.Module, path: Path) -> None:
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    with open_runtime(model.cuda(), device="cuda"):
+        assert not torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cuda.matmul.allow_tf32
