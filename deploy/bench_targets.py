@@ -1,6 +1,7 @@
 """What can be timed, as a user names it: files, checkpoints, Python functions, and the runtime that executes each."""
 
 import hashlib
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -233,8 +234,6 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 def _function(text: str, module: str, runtime: str) -> Target:
     if runtime:
         raise InputError(f"{text}: a function runs by itself, not in {runtime}; leave out @{runtime}.")
-    import sys
-
     sys.path.insert(0, str(Path.cwd()))
     try:
         found = find_spec(module)

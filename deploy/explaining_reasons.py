@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from benchmarks.harness import numerals
-from benchmarks.harness.explanation import Finding, Layer, Row
+from benchmarks.harness.explanation import Cause, Finding, Layer, Row
 
 FEW_CHANNELS = 8
 """Fewer input channels than this fill no block of a kernel: those of an image."""
@@ -194,49 +194,63 @@ def _slowest(side: Sequence[Layer]) -> list[str]:
 
 
 def of_quantisation(before: list[Layer], after: list[Layer], ratio: float) -> Finding | None:
-    if not after:
-        return None
-    return Finding(
-        cause="quantisation",
-        ms=_sum(after) - ratio * _sum(before),
-        fact=f"{len(after)} kernels only convert types: {_kinds(after)}"
-        + (f" (the baseline has {len(before)}, {numerals.significant(_sum(before), 2)} ms)" if before else ""),
+    return _of_kernels(
+        "quantisation",
+        (before, after, ratio),
+        fact=f"kernels only convert types: {_kinds(after)}" + _counterparts(before),
         why="Around every operation without an integer kernel values go back to floating point and forth again, and "
         "each conversion reads and writes a whole tensor.",
         fix=_FUSED,
-        layers=_slowest(after),
     )
 
 
 def of_layout(before: list[Layer], after: list[Layer], ratio: float, unblocked: bool) -> Finding | None:
-    if not after:
-        return None
-    return Finding(
-        cause="layout",
-        ms=_sum(after) - ratio * _sum(before),
-        fact=f"{len(after)} kernels only bring tensors into another layout: {_kinds(after)}"
-        + (f" (the baseline has {len(before)}, {numerals.significant(_sum(before), 2)} ms)" if before else ""),
+    return _of_kernels(
+        "layout",
+        (before, after, ratio),
+        fact=f"kernels only bring tensors into another layout: {_kinds(after)}" + _counterparts(before),
         why="The runtime puts them in where neighbours want different layouts: a layer that has no kernel for the "
         "blocked layout pays on both sides.",
         fix=_ROUND.format(8) if unblocked else "",
-        layers=_slowest(after),
     )
 
 
 def of_unfused(before: list[Layer], after: list[Layer], ratio: float, unblocked: bool) -> Finding | None:
-    if not after:
-        return None
-    return Finding(
-        cause="unfused",
-        ms=_sum(after) - ratio * _sum(before),
-        fact=f"{len(after)} kernels have no counterpart in the baseline: {_kinds(after)}"
-        + (f" (and {len(before)} of its own, {numerals.significant(_sum(before), 2)} ms, are gone)" if before else ""),
+    gone = f" (and {len(before)} of its own, {_total(before)} ms, are gone)" if before else ""
+    return _of_kernels(
+        "unfused",
+        (before, after, ratio),
+        fact=f"kernels have no counterpart in the baseline: {_kinds(after)}{gone}",
         why="In the blocked layout a convolution adds and activates in passing; outside of it, these run alone."
         if unblocked
         else "In the baseline the same is done in passing by the kernel before.",
         fix=_ROUND.format(8) if unblocked else _FUSED,
+    )
+
+
+def _of_kernels(
+    cause: Cause, sides: tuple[list[Layer], list[Layer], float], *, fact: str, why: str, fix: str
+) -> Finding | None:
+    """Kernels that compute no layer of their own; `sides`: of the baseline, of the variant, ratio of arithmetic."""
+    before, after, ratio = sides
+    if not after:
+        return None
+    return Finding(
+        cause=cause,
+        ms=_sum(after) - ratio * _sum(before),
+        fact=f"{len(after)} {fact}",
+        why=why,
+        fix=fix,
         layers=_slowest(after),
     )
+
+
+def _counterparts(before: list[Layer]) -> str:
+    return f" (the baseline has {len(before)}, {_total(before)} ms)" if before else ""
+
+
+def _total(side: Sequence[Layer]) -> str:
+    return numerals.significant(_sum(side), 2)
 
 
 def of_outside(before: float, after: float, ratio: float) -> Finding | None:

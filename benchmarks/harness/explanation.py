@@ -71,10 +71,6 @@ class Row(Record):
     bound: Literal["compute", "memory", "launch"] = Field(description="What forbids the variant to be much faster.")
 
     @property
-    def ms_ratio(self) -> float:
-        return self.variant.ms / self.baseline.ms if self.baseline.ms else 1.0
-
-    @property
     def macs_ratio(self) -> float | None:
         return self.variant.macs / self.baseline.macs if self.baseline.macs else None
 
