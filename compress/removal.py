@@ -17,16 +17,27 @@ Slot = tuple[str, int]
 
 _RECORD = "_espalier_kept"
 
-ShapeUpdate = Callable[[Any, Tensor | None], None]
+Cuts = Mapping[Slot, Tensor]
+"""What was cut inside a module: (tensor, by its name there, dimension) -> the positions kept, ascending."""
+
+ShapeUpdate = Callable[[Any, Cuts], None]
 SHAPE_UPDATES: dict[type[nn.Module], ShapeUpdate] = {}
-"""Module type -> function that sets the sizes which the module keeps as attributes: it receives the module, its tensors
-cut already, and the positions kept along dimension 0 of its weight, None where that was not cut."""
+"""Module type -> function that makes a module's forward pass follow its tensors, which are cut already."""
 
 U = TypeVar("U", bound=ShapeUpdate)
 
 
 def shape_update(*types: type[nn.Module]) -> Callable[[U], U]:
-    """Register how the size attributes of these modules follow a removal (`SHAPE_UPDATES`); a subclass inherits it."""
+    """Register how modules of these types follow a removal from their own tensors or from those of modules inside them.
+
+        @shape_update(MyAttention)
+        def my_attention(module, cuts):
+            if ("qkv.weight", 0) in cuts:
+                module.num_heads = module.qkv.weight.shape[0] // (3 * module.head_dim)
+
+    The function receives the module and the cuts inside it; modules inside others come first. A subclass inherits the
+    function of its base.
+    """
 
     def register(function: U) -> U:
         SHAPE_UPDATES.update(dict.fromkeys(types, function))
@@ -36,8 +47,9 @@ def shape_update(*types: type[nn.Module]) -> Callable[[U], U]:
 
 
 @shape_update(nn.Conv1d, nn.Conv2d, nn.Conv3d)
-def _convolution(module: nn.Conv2d, kept: Tensor | None) -> None:
+def _convolution(module: nn.Conv2d, cuts: Cuts) -> None:
     outputs, inputs = module.weight.shape[:2]
+    kept = cuts.get(("weight", 0))
     if kept is not None and module.groups > 1:  # a depthwise convolution loses groups, a grouped one none
         size = module.out_channels // module.groups
         module.groups = len({position // size for position in kept.tolist()})
@@ -45,33 +57,53 @@ def _convolution(module: nn.Conv2d, kept: Tensor | None) -> None:
 
 
 @shape_update(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-def _transposed_convolution(module: nn.ConvTranspose2d, _: Tensor | None) -> None:
+def _transposed_convolution(module: nn.ConvTranspose2d, _: Cuts) -> None:
     module.in_channels, module.out_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
 
 
 @shape_update(nn.Linear)
-def _linear(module: nn.Linear, _: Tensor | None) -> None:
+def _linear(module: nn.Linear, _: Cuts) -> None:
     module.out_features, module.in_features = module.weight.shape
 
 
 @shape_update(nn.modules.batchnorm._NormBase)
-def _batch_norm(module: nn.BatchNorm2d, _: Tensor | None) -> None:
+def _batch_norm(module: nn.BatchNorm2d, _: Cuts) -> None:
     tensor = module.weight if module.weight is not None else module.running_mean
     if tensor is not None:
         module.num_features = len(tensor)
 
 
+@shape_update(nn.LayerNorm, nn.RMSNorm)
+def _layer_norm(module: nn.LayerNorm, _: Cuts) -> None:
+    module.normalized_shape = tuple(module.weight.shape)
+
+
+@shape_update(nn.GroupNorm)
+def _group_norm(module: nn.GroupNorm, cuts: Cuts) -> None:
+    size = module.num_channels // module.num_groups
+    # Whole groups go, or the same number of channels of every group.
+    module.num_groups = len({position // size for position in cuts["weight", 0].tolist()})
+    module.num_channels = len(module.weight)
+
+
 @shape_update(nn.PReLU)
-def _prelu(module: nn.PReLU, _: Tensor | None) -> None:
+def _prelu(module: nn.PReLU, _: Cuts) -> None:
     module.num_parameters = len(module.weight)
 
 
-def update_shapes(module: nn.Module, kept: Tensor | None) -> None:
-    """Set a module's size attributes after its tensors were cut."""
-    for ancestor in type(module).__mro__:
-        if ancestor in SHAPE_UPDATES:
-            SHAPE_UPDATES[ancestor](module, kept)
-            return
+def update_shapes(model: nn.Module, keep: Cuts) -> None:
+    """Make the forward pass of every module that holds a cut tensor follow (`shape_update`), the innermost first."""
+    inside: dict[str, dict[Slot, Tensor]] = defaultdict(dict)
+    for (tensor, dim), positions in keep.items():
+        parts = tensor.split(".")
+        for depth in range(len(parts)):
+            inside[".".join(parts[:depth])][".".join(parts[depth:]), dim] = positions
+    for name in sorted(inside, key=lambda name: -len(name.split(".")) if name else 0):
+        module = model.get_submodule(name)
+        for ancestor in type(module).__mro__:
+            if ancestor in SHAPE_UPDATES:
+                SHAPE_UPDATES[ancestor](module, inside[name])
+                break
 
 
 def keep_slices(model: nn.Module, keep: Mapping[Slot, Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -92,12 +124,9 @@ def keep_slices(model: nn.Module, keep: Mapping[Slot, Tensor], optimizer: torch.
     if optimizer is not None:
         _check_state(optimizer, {name: tensors[name] for name in by_tensor})
     sizes = {(name, dim): tensors[name].shape[dim] for name, dim in keep}
-    owners = set()
     for name, cuts in by_tensor.items():
         _cut(tensors[name], cuts, optimizer)
-        owners.add(name.rpartition(".")[0])
-    for owner in owners:
-        update_shapes(model.get_submodule(owner), keep.get((f"{owner}.weight".removeprefix("."), 0)))
+    update_shapes(model, keep)
     record = _record(model)
     for slot, positions in keep.items():
         size, earlier = record.get(slot, (sizes[slot], None))

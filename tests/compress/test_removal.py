@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from compress.errors import WorkError
-from compress.removal import dense_sizes, keep_slices, kept_slices, shape_update
+from compress.removal import Cuts, dense_sizes, keep_slices, kept_slices, shape_update
 
 KEEP = {
     ("0.weight", 0): torch.tensor([0, 2]),
@@ -107,9 +107,37 @@ def test_users_can_teach_their_own_module() -> None:
             self.size = 4
 
     @shape_update(Scale)
-    def follow(module: Scale, kept: torch.Tensor | None) -> None:
-        module.size = len(module.weight)
+    def follow(module: Scale, cuts: Cuts) -> None:
+        module.size = len(cuts["weight", 0])
 
     model = nn.Sequential(Scale())
     keep_slices(model, {("0.weight", 0): torch.tensor([1])})
     assert model[0].size == 1
+
+
+def test_a_module_follows_what_is_cut_inside_it_after_the_modules_inside() -> None:
+    class Inner(nn.Linear):
+        pass
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.scale, self.width = Inner(2, 4), nn.Parameter(torch.ones(3)), 4
+
+    seen: list[tuple[int, dict[tuple[str, int], list[int]]]] = []
+
+    @shape_update(Outer)
+    def follow(module: Outer, cuts: Cuts) -> None:
+        seen.append((module.inner.out_features, {slot: kept.tolist() for slot, kept in cuts.items()}))
+
+    model = nn.Sequential(Outer(), Outer())
+    keep_slices(model, {("1.inner.weight", 0): torch.tensor([0, 3]), ("1.scale", 0): torch.tensor([2])})
+    assert seen == [(2, {("inner.weight", 0): [0, 3], ("scale", 0): [2]})]
+
+
+def test_group_norm_loses_whole_groups_or_channels_of_every_group() -> None:
+    norm = nn.GroupNorm(2, 8)
+    keep_slices(nn.Sequential(norm), {("0.weight", 0): torch.tensor([1, 2, 5, 6]), ("0.bias", 0): torch.arange(4)})
+    assert (norm.num_groups, norm.num_channels) == (2, 4)
+    keep_slices(nn.Sequential(norm), {("0.weight", 0): torch.tensor([2, 3]), ("0.bias", 0): torch.arange(2)})
+    assert (norm.num_groups, norm.num_channels) == (1, 2)
