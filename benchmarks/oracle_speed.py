@@ -81,10 +81,9 @@ def by_whole_passes(model: nn.Module, graph: ChannelGraph, minibatch: Minibatch)
     parameters = dict(model.named_parameters())
     losses = []
     for group in graph.groups.values():
-        gates = [part for part in group.slices if (part.tensor, part.dim) in group.gates]
         for channel in range(group.width):
             before = []
-            for part in gates:
+            for part in group.gates:
                 at = part.positions[part.channels == channel]
                 tensor = parameters[part.tensor].movedim(part.dim, 0)
                 before.append((tensor, at, tensor[at].clone()))

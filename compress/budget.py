@@ -5,7 +5,7 @@ size is an affine function of the widths of the groups. So both costs are exact 
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from compress.errors import InputError
 from compress.graph import ChannelGraph
+from compress.graph.groups import Product, Size
 
 Quantity = Literal["channels", "parameters", "macs"]
 
@@ -67,20 +68,6 @@ class Budget:
         return next(value for value in vars(self).values() if value is not None)
 
 
-@dataclass(frozen=True)
-class _Term:
-    """coefficient x product over the dimensions of (fixed + sum of copies x width)."""
-
-    coefficient: float
-    dims: tuple[tuple[int, tuple[tuple[str, int], ...]], ...]
-
-    def value(self, widths: Mapping[str, int]) -> float:
-        result = self.coefficient
-        for fixed, parts in self.dims:
-            result *= fixed + sum(copies * widths[group] for group, copies in parts)
-        return result
-
-
 class TensorCost:
     """A cost that is a sum over tensors of a coefficient times the tensor's number of elements.
 
@@ -93,34 +80,39 @@ class TensorCost:
         shapes: Mapping[str, tuple[int, ...]],
         coefficients: Mapping[str, float],
         constant: float = 0.0,
+        products: Iterable[Product] = (),
     ) -> None:
         """
         Args:
             shapes: tensor -> its shape now.
             coefficients: tensor -> cost of one of its elements; other tensors cost nothing.
             constant: cost that depends on no width.
+            products: costs of no tensor, given by the groups' widths.
         """
         tied: dict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)
         for group in graph.groups.values():
             for part in group.slices:
                 tied[part.tensor, part.dim].append((group.name, len(part.positions) // group.width))
         self._constant = constant
-        self._terms: list[_Term] = []
-        self._of_group: dict[str, list[_Term]] = defaultdict(list)
+        self._terms: list[Product] = []
+        self._of_group: dict[str, list[Product]] = defaultdict(list)
         for tensor, coefficient in coefficients.items():
             dims = []
             for dim, size in enumerate(shapes[tensor]):
                 parts = tuple(tied.get((tensor, dim), ()))
                 fixed = size - sum(copies * graph.groups[group].width for group, copies in parts)
-                dims.append((fixed, parts))
-            term = _Term(coefficient, tuple(dims))
-            names = {name for _, parts in dims for name, _ in parts}
-            if names:
-                self._terms.append(term)
-                for name in names:
-                    self._of_group[name].append(term)
-            else:
-                self._constant += term.value({})
+                dims.append(Size(fixed, parts))
+            self._add(Product(coefficient, tuple(dims)))
+        for product in products:
+            self._add(product)
+
+    def _add(self, term: Product) -> None:
+        if term.groups:
+            self._terms.append(term)
+            for name in term.groups:
+                self._of_group[name].append(term)
+        else:
+            self._constant += term.value({})
 
     def cost(self, widths: Mapping[str, int]) -> float:
         return self._constant + sum(term.value(widths) for term in self._terms)
@@ -152,4 +144,4 @@ def cost_model(quantity: Quantity, model: nn.Module, graph: ChannelGraph) -> Cos
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if quantity == "parameters":
         return TensorCost(graph, shapes, dict.fromkeys(shapes, 1.0))
-    return TensorCost(graph, shapes, graph.uses, graph.other_macs)
+    return TensorCost(graph, shapes, graph.uses, graph.other_macs, graph.products)

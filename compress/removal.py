@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from compress.errors import WorkError
 
@@ -17,17 +18,27 @@ Slot = tuple[str, int]
 
 _RECORD = "_espalier_kept"
 
-Cuts = Mapping[Slot, Tensor]
-"""What was cut inside a module: (tensor, by its name there, dimension) -> the positions kept, ascending."""
+
+class Cuts(dict[Slot, Tensor]):
+    """What was cut inside a module: (tensor, by its name there, dimension) -> the positions kept, ascending.
+
+    Attributes:
+        sizes: of the same dimensions before the cut.
+    """
+
+    def __init__(self, kept: Mapping[Slot, Tensor], sizes: Mapping[Slot, int]) -> None:
+        super().__init__(kept)
+        self.sizes = dict(sizes)
+
 
 ShapeUpdate = Callable[[Any, Cuts], None]
-SHAPE_UPDATES: dict[type[nn.Module], ShapeUpdate] = {}
-"""Module type -> function that makes a module's forward pass follow its tensors, which are cut already."""
+SHAPE_UPDATES: dict[type[nn.Module] | str, ShapeUpdate] = {}
+"""Module type, or its qualified name -> function that makes a module's forward pass follow its tensors, cut already."""
 
 U = TypeVar("U", bound=ShapeUpdate)
 
 
-def shape_update(*types: type[nn.Module]) -> Callable[[U], U]:
+def shape_update(*types: type[nn.Module] | str) -> Callable[[U], U]:
     """Register how modules of these types follow a removal from their own tensors or from those of modules inside them.
 
         @shape_update(MyAttention)
@@ -36,7 +47,7 @@ def shape_update(*types: type[nn.Module]) -> Callable[[U], U]:
                 module.num_heads = module.qkv.weight.shape[0] // (3 * module.head_dim)
 
     The function receives the module and the cuts inside it; modules inside others come first. A subclass inherits the
-    function of its base.
+    function of its base. A type given by its qualified name ("timm.layers.attention.Attention") need not be imported.
     """
 
     def register(function: U) -> U:
@@ -91,18 +102,25 @@ def _prelu(module: nn.PReLU, _: Cuts) -> None:
     module.num_parameters = len(module.weight)
 
 
-def update_shapes(model: nn.Module, keep: Cuts) -> None:
-    """Make the forward pass of every module that holds a cut tensor follow (`shape_update`), the innermost first."""
-    inside: dict[str, dict[Slot, Tensor]] = defaultdict(dict)
+def update_shapes(model: nn.Module, keep: Mapping[Slot, Tensor], sizes: Mapping[Slot, int]) -> None:
+    """Make the forward pass of every module that holds a cut tensor follow (`shape_update`), the innermost first.
+
+    Args:
+        keep: as for `keep_slices`.
+        sizes: of the same dimensions before the cut.
+    """
+    inside: dict[str, Cuts] = defaultdict(lambda: Cuts({}, {}))
     for (tensor, dim), positions in keep.items():
         parts = tensor.split(".")
         for depth in range(len(parts)):
-            inside[".".join(parts[:depth])][".".join(parts[depth:]), dim] = positions
+            cuts, slot = inside[".".join(parts[:depth])], (".".join(parts[depth:]), dim)
+            cuts[slot], cuts.sizes[slot] = positions, sizes[tensor, dim]
     for name in sorted(inside, key=lambda name: -len(name.split(".")) if name else 0):
         module = model.get_submodule(name)
         for ancestor in type(module).__mro__:
-            if ancestor in SHAPE_UPDATES:
-                SHAPE_UPDATES[ancestor](module, inside[name])
+            update = SHAPE_UPDATES.get(ancestor) or SHAPE_UPDATES.get(f"{ancestor.__module__}.{ancestor.__qualname__}")
+            if update is not None:
+                update(module, inside[name])
                 break
 
 
@@ -126,7 +144,7 @@ def keep_slices(model: nn.Module, keep: Mapping[Slot, Tensor], optimizer: torch.
     sizes = {(name, dim): tensors[name].shape[dim] for name, dim in keep}
     for name, cuts in by_tensor.items():
         _cut(tensors[name], cuts, optimizer)
-    update_shapes(model, keep)
+    update_shapes(model, keep, sizes)
     record = _record(model)
     for slot, positions in keep.items():
         size, earlier = record.get(slot, (sizes[slot], None))
@@ -149,6 +167,9 @@ def _record(model: nn.Module) -> dict[Slot, tuple[int, Tensor]]:
 
 
 def _cut(tensor: Tensor, cuts: Mapping[int, Tensor], optimizer: torch.optim.Optimizer | None) -> None:
+    if isinstance(tensor, FakeTensor):  # a shape without numbers, from which PyTorch is slow to select
+        tensor.data = tensor.new_empty([len(cuts.get(dim, range(size))) for dim, size in enumerate(tensor.shape)])
+        return
     gradient, state = tensor.grad, {}
     if optimizer is not None:
         state = optimizer.state.get(tensor, {})

@@ -20,7 +20,7 @@ def residual(graph: ChannelGraph) -> list[str]:
 
 def is_residual(group: Group) -> bool:
     """Whether gates stand on several layers of the group, so that a rule must combine them."""
-    return len({tensor.rpartition(".")[0] for tensor, _ in group.gates}) > 1
+    return len({tensor.rpartition(".")[0] for tensor, _ in group.gate_slots}) > 1
 
 
 def compare(

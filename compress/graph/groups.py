@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from math import gcd, lcm
+from math import gcd, lcm, prod
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from compress.graph.walk import Walk
+from compress.graph.walk import Constants, Walk
 from compress.removal import Slot
 
 
@@ -63,12 +63,15 @@ class Group:
         filters: the producers' weights, each with the dimension of its output channels, in the order of the forward
             pass as everything here.
         readers: the consumers' weights, each with the dimension of its input channels.
-        gates: (parameter, dim) whose product with a common factor gates the channel wherever it is read: the affine
-            parameters of the last normalisation before each consumer, or, where none stands there, the filter and bias
-            of the producer. With the gate at 0 the network computes what it computes with the channel removed.
+        gates: slices whose product with a common factor gates the channel wherever it is read: of the affine
+            parameters of the last normalisation before each consumer, or, where none stands there, of the filter and
+            bias of the producer; of an attention head, of its values. With the gate at 0 the network computes what it
+            computes with the channel removed.
         copies: for each producer, how many of its output channels one channel of the group is.
         residue: a layer that reads a value other than 0 from a gated channel (after a sigmoid, say), so that
-            removing differs from zeroing; None when the two are equal.
+            removing differs from zeroing.
+        mixed: a layer that mixes the channels with each other (a normalisation over them), so that removing differs
+            from zeroing. Where this and `residue` are None the two are equal.
     """
 
     name: str
@@ -79,9 +82,20 @@ class Group:
     consumers: tuple[str, ...]
     filters: tuple[Slot, ...]
     readers: tuple[Slot, ...]
-    gates: tuple[Slot, ...]
+    gates: tuple[Slices, ...]
     copies: tuple[int, ...]
     residue: str | None = None
+    mixed: str | None = None
+
+    @property
+    def gate_slots(self) -> tuple[Slot, ...]:
+        """(parameter, dim) of the gates."""
+        return tuple((part.tensor, part.dim) for part in self.gates)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the network without a channel computes what it computes with the channel's gate at 0."""
+        return self.residue is None and self.mixed is None
 
     def step(self, round_to: int) -> int:
         """Smallest number of channels whose multiples give every producer a width that is a multiple of `round_to`.
@@ -103,6 +117,44 @@ class Frozen:
     reason: str
 
 
+@dataclass(frozen=True)
+class Size:
+    """Size of an axis as the groups' widths say it: fixed + the sum of copies x width."""
+
+    fixed: int
+    parts: tuple[tuple[str, int], ...] = ()
+
+    def value(self, widths: Mapping[str, int]) -> int:
+        """The size at these widths of the groups."""
+        return self.fixed + sum(copies * widths[group] for group, copies in self.parts)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A cost that is a coefficient times the product of the sizes of axes."""
+
+    coefficient: float
+    sizes: tuple[Size, ...]
+
+    @property
+    def groups(self) -> frozenset[str]:
+        """The groups on whose widths it depends."""
+        return frozenset(group for size in self.sizes for group, _ in size.parts)
+
+    def value(self, widths: Mapping[str, int]) -> float:
+        """The cost at these widths of the groups."""
+        return self.coefficient * prod(size.value(widths) for size in self.sizes)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Numbers that an operator is given, and the groups whose channels it works on."""
+
+    operator: str
+    values: tuple[float, ...]
+    groups: frozenset[str]
+
+
 @dataclass
 class ChannelGraph:
     """All channel groups of a model.
@@ -112,16 +164,20 @@ class ChannelGraph:
         frozen: what is not removable, and why.
         sizes: size of every tensor dimension that the groups touch, now.
         uses: tensor -> multiply-adds that each of its elements takes part in, for one image.
-        other_macs: multiply-adds of one image that no weight takes part in (products of activations).
+        products: multiply-adds of one image in products of activations, as the groups' widths decide them.
+        constants: numbers in the forward pass that must not change when channels go.
+        other_macs: multiply-adds of one image that are neither in `uses` nor in `products`.
         operators_without_rule: operator -> the nodes of the exported graph at which it stands.
-        grouped: layers that are grouped convolutions; with one channel left in every group the shape no longer tells
-            them from depthwise ones.
+        grouped: layers that are grouped convolutions or group normalisations; with one channel left in every group, or
+            one group left, the shape no longer tells them from depthwise ones, or from layer normalisations.
     """
 
     groups: dict[str, Group]
     frozen: list[Frozen]
     sizes: dict[Slot, int]
     uses: dict[str, float]
+    products: tuple[Product, ...] = ()
+    constants: tuple[Constant, ...] = ()
     other_macs: float = 0.0
     operators_without_rule: dict[str, list[str]] = field(default_factory=dict)
     grouped: frozenset[str] = frozenset()
@@ -163,7 +219,8 @@ class ChannelGraph:
         """The graph with the groups `names` (name -> reason) frozen."""
         frozen = list(self.frozen)
         for name, reason in names.items():
-            frozen.append(Frozen(tuple(producer.layer for producer in self.groups[name].producers), reason))
+            group = self.groups[name]
+            frozen.append(Frozen(tuple(producer.layer for producer in group.producers) or (group.name,), reason))
         return replace(self, groups={n: g for n, g in self.groups.items() if n not in names}, frozen=frozen)
 
 
@@ -171,13 +228,20 @@ def _shrunk(group: Group, gone: Tensor, moved: Mapping[Slot, Tensor]) -> Group:
     stays = torch.ones(group.width, dtype=torch.bool)
     stays[gone] = False
     renumbered = stays.cumsum(0) - 1
-    slices = []
-    for part in group.slices:
+
+    def left(part: Slices) -> Slices:
         here = stays[part.channels]
         positions, channels = part.positions[here], renumbered[part.channels[here]]
         move = moved.get((part.tensor, part.dim))
-        slices.append(replace(part, positions=positions if move is None else move[positions], channels=channels))
-    return replace(group, width=int(stays.sum()), kept=group.kept[stays], slices=tuple(slices))
+        return replace(part, positions=positions if move is None else move[positions], channels=channels)
+
+    return replace(
+        group,
+        width=int(stays.sum()),
+        kept=group.kept[stays],
+        slices=tuple(left(part) for part in group.slices),
+        gates=tuple(left(part) for part in group.gates),
+    )
 
 
 # --- from a walk to groups ------------------------------------------------------------------------------------------
@@ -193,26 +257,67 @@ def groups_of(walk: Walk) -> ChannelGraph:
     slot_of = np.repeat(np.arange(len(slots)), lengths)  # (all positions,)
     position = np.concatenate([np.arange(length) for length in lengths])
     channel = classes[torch.cat([walk.bindings[slot] for slot in slots]).numpy()]
-    frozen = walk.marks(classes)
-    residue = walk.marks(classes, residue=True)
+    frozen = walk.frozen_classes(classes)
+    marks = _Marks(walk.residue_classes(classes), walk.mixed_classes(classes), *walk.arrived())
 
     names: dict[str, int] = defaultdict(int)
     groups: dict[str, Group] = {}
     removable = ~np.isin(channel, np.fromiter(frozen, dtype=np.int64, count=len(frozen)))
+    group_of: dict[int, str] = {}
     for members in _alike(slot_of[removable], position[removable], channel[removable]):
-        group = _group(walk, slots, *members, residue)
+        group = _group(walk, slots, *members, marks)
         names[group.name] += 1
         if names[group.name] > 1:
             group = replace(group, name=f"{group.name}#{names[group.name]}")
         groups[group.name] = group
+        group_of.update(dict.fromkeys(np.unique(members[2]).tolist(), group.name))
     sizes = dict(zip(slots, lengths, strict=True))
     return ChannelGraph(
         groups,
         _frozen_layers(walk, classes, frozen),
         sizes,
         dict(walk.uses),
+        tuple(
+            Product(coefficient, tuple(_size(classes[axis.numpy()], group_of, groups) for axis in axes))
+            for coefficient, axes in walk.products
+        ),
+        tuple(_constant(one, classes, group_of) for one in walk.constants),
         operators_without_rule=dict(walk.unknown),
         grouped=frozenset(walk.grouped),
+    )
+
+
+@dataclass(frozen=True)
+class _Marks:
+    """Class -> the layer because of which removing differs from zeroing; label -> channel; gate -> channels read."""
+
+    residue: Mapping[int, str]
+    mixed: Mapping[int, str]
+    channels: np.ndarray
+    arrived: Mapping[str, np.ndarray]
+
+
+def _size(axis: np.ndarray, group_of: Mapping[int, str], groups: Mapping[str, Group]) -> Size:
+    """Size of an axis whose positions are of these classes; rows of a head, all of one class, stay as long as it."""
+    kinds, counts = np.unique(axis, return_counts=True)
+    if len(kinds) == 1:
+        return Size(len(axis))
+    of_group: dict[str, list[int]] = defaultdict(list)
+    for kind, count in zip(kinds.tolist(), counts.tolist(), strict=True):
+        if kind in group_of:
+            of_group[group_of[kind]].append(count)
+    parts = tuple(
+        (name, copies[0])
+        for name, copies in of_group.items()
+        if len(set(copies)) == 1 and len(copies) == groups[name].width
+    )
+    return Size(len(axis) - sum(copies * groups[name].width for name, copies in parts), parts)
+
+
+def _constant(constants: Constants, classes: np.ndarray, group_of: Mapping[int, str]) -> Constant:
+    touched = np.unique(classes[constants.labels.numpy()]).tolist()
+    return Constant(
+        constants.operator, constants.values, frozenset(group_of[one] for one in touched if one in group_of)
     )
 
 
@@ -242,7 +347,7 @@ def _group(
     slot_of: np.ndarray,
     position: np.ndarray,
     channel: np.ndarray,
-    residue: Mapping[int, str],
+    marks: _Marks,
 ) -> Group:
     mine = [slots[index] for index in dict.fromkeys(slot_of.tolist())]
     made = [slot for slot in mine if slot in walk.producers]
@@ -263,7 +368,7 @@ def _group(
             )
         )
     layers = {walk.producers[slot]: None for slot in made}
-    gates = {pair: None for gate in walk.gates if gate in walk.direct for pair in walk.gates[gate] if pair in set(mine)}
+    classes = np.unique(channel).tolist()
     return Group(
         name=walk.producers[made[0]] if made else mine[0][0],
         width=len(first),
@@ -273,10 +378,29 @@ def _group(
         consumers=tuple(dict.fromkeys(walk.consumers[slot] for slot in mine if slot in walk.consumers)),
         filters=tuple(made),
         readers=tuple(slot for slot in mine if slot in walk.consumers),
-        gates=tuple(gates),
+        gates=_gates(walk, slices, marks),
         copies=tuple(len(part.positions) // len(first) for part in slices if (part.tensor, part.dim) in made),
-        residue=next((residue[one] for one in np.unique(channel).tolist() if one in residue), None),
+        residue=next((marks.residue[one] for one in classes if one in marks.residue), None),
+        mixed=next((marks.mixed[one] for one in classes if one in marks.mixed), None),
     )
+
+
+def _gates(walk: Walk, slices: list[Slices], marks: _Marks) -> tuple[Slices, ...]:
+    """Of the slices those that gate what consumers read: of a head's queries, keys and values the values."""
+    parts = {(part.tensor, part.dim): part for part in slices}
+    found: dict[Slot, Slices] = {}
+    for gate, read_channels in marks.arrived.items():
+        for slot in walk.gates.get(gate, ()):
+            if slot not in parts:
+                continue
+            part = parts[slot]
+            own = marks.channels[walk.bindings[slot].numpy()[part.positions.numpy()]]
+            here = torch.from_numpy(np.isin(own, read_channels))
+            if bool(here.any()):
+                read = replace(part, positions=part.positions[here], channels=part.channels[here])
+                found[slot] = read
+    order = {slot: number for number, slot in enumerate(parts)}
+    return tuple(found[slot] for slot in sorted(found, key=order.__getitem__))
 
 
 def _frozen_layers(walk: Walk, classes: np.ndarray, frozen: Mapping[int, str]) -> list[Frozen]:

@@ -24,7 +24,8 @@ from compress.errors import InputError, first_line
 from compress.graph.groups import ChannelGraph, groups_of
 from compress.graph.numeric_trial import broken_groups
 from compress.graph.rules import RULES
-from compress.graph.tracing import batch_size, check_ignore, covers, unprunable
+from compress.graph.skeleton import batch_size
+from compress.graph.tracing import check_ignore, covers, unprunable
 from compress.graph.walk import Walk
 from compress.removal import Slot
 
@@ -256,7 +257,9 @@ class _Translation:
                     if name not in self.walk.norms[producer]:
                         self.walk.norms[producer].append(name)
             elif node.type in _LAYERS and node.type != OPTYPE.DEPTHWISE_CONV:
-                self.walk.direct |= gates
+                for gate in gates:
+                    for slot in self.walk.gates[gate]:
+                        self.walk.arrive(frozenset([gate]), self.walk.bindings[slot])
 
 
 @dataclass(frozen=True)

@@ -4,28 +4,25 @@ Every activation is represented by an integer tensor of the activation's own sha
 that they belong to. Operators that move data move the labels alike; operators that combine data join the labels of
 the elements that they combine; operators with weights bind labels to positions along a dimension of a parameter. In the
 end two positions belong to the same channel when a chain of joins connects them.
-
-An axis along which labels are equal has stride 0 (`torch.Tensor.expand`), so an activation costs memory and time for
-its channels, not for its pixels.
 """
 
 from __future__ import annotations
 
-import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from torch import Tensor, fx
+from torch import Tensor
 
-NO_CHANNEL = -1
-"""Label of an element that belongs to no channel (a constant, a mask, an index)."""
+from compress.errors import InputError
+from compress.graph.flows import Flow, Kernel, Weight
+from compress.graph.labels import NO_CHANNEL, along_only, blank, compact, spread, varying
+from compress.graph.partition import Partition
+
+Attention = Literal["heads", "widths", "keep"]
+"""What of an attention layer can go: whole heads, the same channels of every head, or nothing."""
 
 Rule = Callable[..., Any]
 """What a row of the operator table holds: `rule(walk, node, *args, **kwargs)`, with the operator's arguments (each
@@ -33,127 +30,61 @@ activation a `Flow`, each stored tensor a `Weight`), returns what the operator r
 
 
 @dataclass(frozen=True)
-class Flow:
-    """What the walk knows of one activation.
+class Constants:
+    """Numbers other than sizes that an operator is given, and the channels that it works on."""
 
-    Attributes:
-        labels: int64, of the activation's shape; axes along which labels are equal have stride 0.
-        gates: names of the layers or bare parameters (keys of `Walk.gates`) on which a factor of 0 would make this
-            activation's channel vanish.
-        vanishes: whether the channel's values are all 0 when those gates are 0. A sigmoid, for one, ends that.
-    """
-
+    operator: str
+    values: tuple[float, ...]
     labels: Tensor
-    gates: frozenset[str] = frozenset()
-    vanishes: bool = False
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.labels.shape
-
-    def moved(self, labels: Tensor) -> Flow:
-        """The same channels at other places."""
-        return Flow(labels, self.gates, self.vanishes)
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A parameter or buffer used by the graph, not yet combined with an activation."""
-
-    name: str
-    shape: torch.Size
-    trainable: bool
-
-
-def compact(labels: Tensor) -> Tensor:
-    """Narrow every axis of stride 0 to size 1: (N, C, H, W) whose labels follow C only -> (1, C, 1, 1)."""
-    for dim in range(labels.dim()):
-        if labels.stride(dim) == 0 and labels.shape[dim] > 1:
-            labels = labels.narrow(dim, 0, 1)
-    return labels
-
-
-def spread(labels: Tensor, shape: Sequence[int]) -> Tensor:
-    """Expand to `shape` after making stride 0 every axis along which the labels turn out to be equal."""
-    for dim in range(labels.dim()):
-        if labels.shape[dim] > 1 and labels.stride(dim) != 0:
-            first = labels.narrow(dim, 0, 1)
-            if bool((labels == first).all()):
-                labels = first
-    return labels.expand(tuple(shape))
-
-
-def varying(labels: Tensor) -> list[int]:
-    """The axes along which labels differ."""
-    return [dim for dim in range(labels.dim()) if labels.shape[dim] > 1 and labels.stride(dim) != 0]
 
 
 @dataclass
-class Walk:
+class Walk(Partition):
     """The state of one walk; rules (see `compress.graph.rules`) call its methods.
 
     Attributes:
+        attention: what of an attention layer can go.
+        embedding: whether channels that a normalisation mixes with others can go.
+        grouped: layers that are grouped convolutions, not depthwise ones, or group normalisations of several groups.
         bindings: (tensor, dim) -> the labels of its positions, in order of first use.
         producers: (tensor, dim) of weights whose slices along `dim` make new channels, with their layer's name.
         consumers: (tensor, dim) of weights that read channels along `dim`, with their layer's name.
         norms: layer of a producer -> the normalisation layers that follow it directly.
         gates: name of a gate -> the (parameter, dim) pairs whose product with a factor gates the channel.
-        direct: names of the gates that stand directly before a consumer.
         uses: weight -> multiply-adds that each of its elements takes part in, for one image.
+        products: multiply-adds of a product of activations for one image and one position of each of its axes with
+            channels, and the labels along these axes.
+        constants: of every operator that has any, in the order of the graph.
         unknown: operator without a rule -> the nodes at which it stands.
-        grouped: layers that are grouped convolutions, not depthwise ones.
-        count: number of labels given out.
     """
 
-    rules: Mapping[Any, Rule]
+    rules: Mapping[Any, Rule] = field(default_factory=dict)
+    attention: Attention = "heads"
+    embedding: bool = False
+    grouped: set[str] = field(default_factory=set)
     bindings: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     producers: dict[tuple[str, int], str] = field(default_factory=dict)
     consumers: dict[tuple[str, int], str] = field(default_factory=dict)
     norms: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     gates: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
-    direct: set[str] = field(default_factory=set)
     uses: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    products: list[tuple[float, list[Tensor]]] = field(default_factory=list)
+    constants: list[Constants] = field(default_factory=list)
     unknown: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    grouped: set[str] = field(default_factory=set)
-    count: int = 0
-    _edges: list[Tensor] = field(default_factory=list)
-    _frozen: list[tuple[Tensor, str]] = field(default_factory=list)
-    _residue: list[tuple[Tensor, str]] = field(default_factory=list)
-    _batch: int = 1
-    _counting: bool = True
+    batch: int = 1
+    counting: bool = True
 
-    # --- what rules use -----------------------------------------------------------------------------------------
-
-    def new(self, count: int) -> Tensor:
-        """`count` fresh labels, shape (count,)."""
-        labels = torch.arange(self.count, self.count + count)
-        self.count += count
-        return labels
+    # --- activations --------------------------------------------------------------------------------------------
 
     def unlabelled(self, shape: Sequence[int]) -> Flow:
         """An activation without channels."""
-        return Flow(torch.full((1,) * len(shape), NO_CHANNEL).expand(tuple(shape)))
+        return Flow(blank(shape))
 
     def frozen(self, shape: Sequence[int], reason: str) -> Flow:
         """An activation all of whose elements belong to one channel that is never removed."""
         label = self.new(1)
-        self._frozen.append((label, reason))
+        self.freeze(label, reason)
         return Flow(label.view((1,) * len(shape)).expand(tuple(shape)))
-
-    def freeze(self, labels: Tensor, reason: str) -> None:
-        """Never remove the channels that these labels name; `reason` is reported to the user."""
-        labels = compact(labels).flatten()
-        labels = labels[labels != NO_CHANNEL].unique()
-        if len(labels):
-            self._frozen.append((labels, reason))
-
-    def join(self, first: Tensor, second: Tensor) -> None:
-        """Elements at the same place belong to the same channel; shapes must broadcast."""
-        first, second = torch.broadcast_tensors(compact(first), compact(second))
-        pairs = torch.stack([first.flatten(), second.flatten()])
-        pairs = pairs[:, (pairs[0] != pairs[1]) & (pairs != NO_CHANNEL).all(dim=0)]
-        if pairs.shape[1]:
-            self._edges.append(pairs)
 
     def along(self, labels: Tensor, dim: int) -> Tensor:
         """Labels along `dim`, shape (size of dim,); elements that differ across the other axes are joined."""
@@ -163,36 +94,129 @@ class Walk:
             self.join(columns, first[:, None])
         return first.expand(labels.shape[dim]) if len(first) == 1 else first
 
+    def as_flow(self, value: Any) -> Any:
+        """A vector of parameters used bare as an activation that owns its channels; anything else as it is.
+
+        Of a stored tensor with several axes nothing says which is the channels': it is frozen. Rules that know better
+        take it as a `Kernel`.
+        """
+        if isinstance(value, Kernel):
+            return self.stuck(value, f"{value.name} is used outside a layer and has more than one axis")
+        if not isinstance(value, Weight):
+            return value
+        if len(value.axes) > 1:
+            return self.as_flow(self.kernel(value))
+        if not value.axes:
+            return self.unlabelled(value.shape)
+        (axis,) = value.axes
+        labels = self._own(value, axis)
+        gates: frozenset[str] = frozenset()
+        if value.trainable:
+            self.gates[value.name] = [(value.name, axis)]
+            gates = frozenset([value.name])
+        return Flow(along_only(labels, axis, value.shape), gates, vanishes=value.trainable)
+
+    def kernel(self, weight: Weight) -> Kernel:
+        """A stored tensor with several axes, about to be computed with."""
+        axes = tuple(along_only(self._own(weight, dim), dim, weight.shape) for dim in weight.axes)
+        return Kernel(
+            weight.name,
+            tuple(weight.axes),
+            axes,
+            weight.shape,
+            trainable=weight.trainable,
+            elements=weight.shape.numel(),
+        )
+
+    def stuck(self, kernel: Kernel, reason: str) -> Flow:
+        """Freeze all axes of `kernel`."""
+        for labels in kernel.axes:
+            self.freeze(labels, reason)
+        return self.frozen(kernel.shape, reason) if kernel.trainable else self.unlabelled(kernel.shape)
+
+    def _own(self, weight: Weight, dim: int) -> Tensor:
+        labels = self.bindings.get((weight.name, dim))
+        if labels is None:
+            labels = self.new(weight.shape[dim])
+            self.bind(weight, dim, labels)
+        return labels
+
+    # --- weights ------------------------------------------------------------------------------------------------
+
     def bind(self, weight: Weight | None, dim: int, labels: Tensor) -> None:
         """Position i along `dim` of `weight` belongs to the channel of `labels[i]`, whoever else uses the weight."""
         if weight is None:
             return
-        if bool((labels == NO_CHANNEL).any()):
-            missing = int((labels == NO_CHANNEL).sum())
-            labels = labels.clone()
-            labels[labels == NO_CHANNEL] = self.new(missing)
-            self.freeze(labels, f"{weight.name} reads values that belong to no channel")
+        labels = self._owned(labels, f"{weight.name} reads values that belong to no channel")
         earlier = self.bindings.setdefault((weight.name, dim), labels)
         self.join(earlier, labels)
 
-    def produce(self, layer: str, weights: Iterable[tuple[Weight | None, int]], labels: Tensor) -> frozenset[str]:
-        """`layer` makes the channels `labels` from slices of `weights`; returns the layer as a gate."""
-        pairs = [(weight, dim) for weight, dim in weights if weight is not None]
-        for position, (weight, dim) in enumerate(pairs):
-            self.bind(weight, dim, labels)
-            if position == 0:
-                self.producers[weight.name, dim] = layer
-        self.gates[layer] = [(weight.name, dim) for weight, dim in pairs if weight.trainable]
-        return frozenset([layer])
+    def attach(self, value: Weight | Kernel | Flow | None, dim: int, labels: Tensor) -> None:
+        """`bind` for a weight that may be computed: position i along `dim` of `value` belongs to `labels[i]`."""
+        if isinstance(value, Kernel):
+            labels = self._owned(labels, f"{value.name} reads values that belong to no channel")
+            own = [axis for axis in value.axes if dim in varying(axis)]
+            for axis in own:
+                self.join(self.along(axis, dim), labels)
+            if not own and value.shape[dim] > 1:
+                self.freeze(labels, f"computed from {value.name}, which does not follow its channels")
+        elif isinstance(value, Flow):
+            own_labels = self.along(value.labels, dim)
+            if bool((own_labels == NO_CHANNEL).any()) and value.shape[dim] > 1:
+                self.freeze(labels, "combined with a constant of fixed width")
+            self.join(own_labels, labels)
+        else:
+            self.bind(value, dim, labels)
 
-    def consume(self, layer: str, weight: Weight | None, dim: int, flow: Flow, labels: Tensor) -> None:
+    def _owned(self, labels: Tensor, reason: str) -> Tensor:
+        """Labels in which positions that belong to no channel got frozen channels of their own."""
+        bare = labels == NO_CHANNEL
+        if not bool(bare.any()):
+            return labels
+        labels = labels.clone()
+        fresh = self.new(int(bare.sum()))
+        labels[bare] = fresh
+        self.freeze(fresh, reason)
+        return labels
+
+    def produce(
+        self, layer: str, weights: Iterable[tuple[Weight | Kernel | Flow | None, int]], labels: Tensor
+    ) -> frozenset[str]:
+        """`layer` makes the channels `labels` from slices of `weights`; returns what gates them."""
+        pairs: list[tuple[str, int]] = []
+        gates: frozenset[str] = frozenset()
+        for position, (weight, dim) in enumerate(weights):
+            if weight is None:
+                continue
+            self.attach(weight, dim, labels)
+            if isinstance(weight, Flow):
+                gates |= weight.gates  # a bias that is computed
+                continue
+            slot = slot_of(weight, dim)
+            if position == 0 and slot is not None:
+                self.producers[slot] = layer
+            if isinstance(weight, Kernel) and not weight.linear:
+                gates |= weight.gates
+            elif slot is not None and weight.trainable:
+                pairs.append(slot)
+        if pairs:
+            self.gates[layer] = pairs
+            gates |= {layer}
+        return gates
+
+    def consume(self, layer: str, weight: Weight | Kernel | None, dim: int, flow: Flow, labels: Tensor) -> None:
         """`layer` reads the channels `labels` of `flow` through slices of `weight`, the end of their group."""
-        self.bind(weight, dim, labels)
-        if weight is not None:
-            self.consumers[weight.name, dim] = layer
-        self.direct |= flow.gates
+        self.attach(weight, dim, labels)
+        slot = None if weight is None else slot_of(weight, dim)
+        if slot is not None:
+            self.consumers[slot] = layer
+        self.read(layer, flow)
+
+    def read(self, layer: str, flow: Flow) -> None:
+        """`layer` is where channels of `flow` end: without one it computes what it does with zeros there."""
+        self.arrive(flow.gates, flow.labels)
         if not flow.vanishes:
-            self._residue.append((compact(labels), layer))
+            self.leave(flow.labels, layer)
 
     def normalise(self, layer: str, flow: Flow) -> None:
         """`layer` normalises every channel of `flow` by itself."""
@@ -200,62 +224,26 @@ class Walk:
             if layer not in self.norms[producer]:
                 self.norms[producer].append(layer)
 
-    def as_flow(self, value: Any) -> Any:
-        """A weight used bare as an activation that owns its channels; anything else as it is.
+    def mixes(self, flow: Flow, dims: Iterable[int], layer: str, reason: str) -> None:
+        """Statistics over `dims` of `flow`, which therefore change with the channels that lie there."""
+        for dim in dims:
+            if varying(flow.labels) == [dim] and self.embedding:
+                self.mix(flow.labels, layer)
+            else:
+                self.whole(flow.labels, dim, reason)
 
-        A weight with one axis longer than 1 is a vector of channel values. Of one with more axes nothing says which
-        is the channels', so it is frozen.
-        """
-        if not isinstance(value, Weight):
-            return value
-        axes = [dim for dim, size in enumerate(value.shape) if size > 1]
-        if len(axes) > 1:
-            flow = self.frozen(value.shape, f"{value.name} is used outside a layer and has more than one axis")
-            for dim in axes:
-                self.bind(value, dim, flow.labels.flatten()[:1].expand(value.shape[dim]))
-            return flow
-        if not axes:
-            return self.unlabelled(value.shape)
-        (axis,) = axes
-        labels = self.bindings.get((value.name, axis))
-        if labels is None:
-            labels = self.new(value.shape[axis])
-            self.bind(value, axis, labels)
-        shape = [1] * len(value.shape)
-        shape[axis] = -1
-        gates: frozenset[str] = frozenset()
-        if value.trainable:
-            self.gates[value.name] = [(value.name, axis)]
-            gates = frozenset([value.name])
-        return Flow(spread(labels.view(shape), value.shape), gates, vanishes=value.trainable)
-
-    def use(self, weight: Weight, positions: float) -> None:
+    def use(self, weight: Weight | Kernel, positions: float) -> None:
         """Each element of `weight` is multiplied at `positions` places of the whole batch."""
-        if self._counting:
-            self.uses[weight.name] += positions / self._batch
+        if self.counting:
+            share = weight.shape.numel() / weight.elements if isinstance(weight, Kernel) else 1
+            self.uses[weight.name] += positions * share / self.batch
 
-    # --- the walk itself ----------------------------------------------------------------------------------------
+    def note(self, operator: str, values: Iterable[float], *labels: Tensor) -> None:
+        """An operator is given numbers that must not change with the widths, as a scale computed from one would."""
+        found = torch.cat([compact(some).flatten() for some in labels]).unique() if labels else self.new(0)
+        self.constants.append(Constants(operator, tuple(values), found[found != NO_CHANNEL]))
 
-    def run(self, program: torch.export.ExportedProgram, *, counting: bool = True) -> None:
-        """Visit every node of the exported program once, in order; several programs of one model add up.
-
-        Args:
-            counting: whether this program's multiply-adds count.
-        """
-        self._counting = counting
-        signature = program.graph_signature
-        stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        values: dict[fx.Node, Any] = {}
-        for node in program.graph.nodes:
-            if node.op == "placeholder":
-                values[node] = self._placeholder(node, stored, signature)
-            elif node.op == "output":
-                for output in node.all_input_nodes:
-                    flow = self.as_flow(values[output])
-                    if isinstance(flow, Flow):
-                        self.freeze(flow.labels, "output of the model")
-            elif node.op == "call_function":
-                values[node] = self._call(node, values)
+    # --- what users ask for ---------------------------------------------------------------------------------------
 
     def ignore(self, named: Callable[[str], bool]) -> None:
         """Freeze the output channels of every layer whose name fits."""
@@ -263,61 +251,40 @@ class Walk:
             if named(layer):
                 self.freeze(self.bindings[tensor, dim], "named in ignore")
 
-    def _placeholder(self, node: fx.Node, stored: dict[str, str], signature: Any) -> Any:
-        value = node.meta.get("val")
-        if not isinstance(value, Tensor):
-            return value
-        if node.name in stored:
-            trainable = node.name in signature.inputs_to_parameters
-            return Weight(stored[node.name], value.shape, trainable)
-        if node.name in signature.user_inputs:
-            if value.dim():
-                self._batch = max(1, int(value.shape[0]))
-            return self.frozen(value.shape, "input of the model")
-        return self.unlabelled(value.shape)
+    def protect(self, named: Callable[[str], bool]) -> None:
+        """Freeze every channel that has a slice in a tensor whose name, or whose module's name, fits."""
+        for (tensor, _), labels in self.bindings.items():
+            if named(tensor):
+                self.freeze(labels, "named in protect")
 
-    def _call(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        args: Any = fx.node.map_arg(node.args, values.get)
-        kwargs: Any = fx.node.map_arg(node.kwargs, values.get)
-        if node.target is operator.getitem:
-            return args[0][args[1]] if args[0] is not None else None
-        rule = self.rules.get(node.target)
-        result = rule(self, node, *args, **kwargs) if rule else self._without_rule(node, args, kwargs)
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and node.args:
-            target = node.args[0]
-            if isinstance(target, fx.Node) and isinstance(result, Flow):
-                values[target] = result  # an in-place operator changes what later readers of its input see
-        return result
+    def tie(self, first: str, second: str) -> None:
+        """Output channel i of one layer can go only together with output channel i of the other.
 
-    def _without_rule(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        reason = f"operator {node.target} has no rule"
-        touched: list[Any] = []
-        fx.node.map_aggregate((args, kwargs), touched.append)
-        flows = [flow for flow in map(self.as_flow, touched) if isinstance(flow, Flow)]
-        if all(bool((compact(flow.labels) == NO_CHANNEL).all()) for flow in flows):
-            make = self.unlabelled  # constants in, constants out
-        else:
-            self.unknown[str(node.target)].append(node.name)
-            make = partial(self.frozen, reason=reason)
-            for flow in flows:
-                self.freeze(flow.labels, reason)
-        return torch.utils._pytree.tree_map_only(Tensor, lambda value: make(value.shape), node.meta.get("val"))
+        Raises:
+            InputError: a layer makes no channels, or the two make different numbers of them.
+        """
+        made = []
+        for name in (first, second):
+            slots = [slot for slot, layer in self.producers.items() if layer == name]
+            if not slots:
+                raise InputError(f"tie names {name!r}, which is no layer that makes channels.")
+            made.append(self.bindings[slots[0]])
+        if len(made[0]) != len(made[1]):
+            raise InputError(
+                f"tie names {first!r} and {second!r}, which make {len(made[0])} and {len(made[1])} channels: only "
+                "layers of equal width can be tied."
+            )
+        self.together(*made)
 
-    # --- the result ---------------------------------------------------------------------------------------------
 
-    def classes(self) -> np.ndarray:
-        """(count,) int array: labels with equal entries name the same channel (union-find over all joins)."""
-        if not self._edges:
-            return np.arange(self.count)
-        edges = torch.cat(self._edges, dim=1).numpy()
-        graph = coo_array((np.ones(edges.shape[1], dtype=np.int8), (edges[0], edges[1])), (self.count, self.count))
-        return connected_components(graph, directed=False)[1]
+def slot_of(weight: Weight | Kernel, dim: int) -> tuple[str, int] | None:
+    """The stored tensor's dimension that lies along `dim` of a weight."""
+    if isinstance(weight, Weight):
+        return weight.name, dim
+    for own, labels in zip(weight.dims, weight.axes, strict=True):
+        if varying(labels) == [dim]:
+            return weight.name, own
+    return None
 
-    def marks(self, classes: np.ndarray, *, residue: bool = False) -> dict[int, str]:
-        """Class -> why it is frozen (or, with `residue`, which layer reads a value that zeroing leaves behind)."""
-        found: dict[int, str] = {}
-        for labels, reason in self._residue if residue else self._frozen:
-            flat = labels.flatten().numpy()
-            for one in np.unique(classes[flat[flat != NO_CHANNEL]]):
-                found.setdefault(int(one), reason)
-        return found
+
+__all__ = ["NO_CHANNEL", "Attention", "Constants", "Flow", "Kernel", "Rule", "Walk", "Weight", "compact", "spread"]

@@ -257,10 +257,8 @@ def _copy(outputs: Any, index: int, images: int, copies: int) -> Any:
 
 def _gates(group: Group, forward: PartialForward) -> tuple[_Gate, ...] | None:
     """Where the group's gates stand among the operators' values, None where one cannot be placed there."""
-    parts = {(part.tensor, part.dim): part for part in group.slices}
     found: dict[fx.Node, _Gate] = {}
-    for slot in group.gates:
-        part = parts[slot]
+    for part in group.gates:
         for reader in forward.readers.get(part.tensor, ()):
             node = forward.value_of(reader)
             if reader.target not in (*_FIRST_AXIS, *_LAST_AXIS) or forward.has_no_value(reader):
@@ -278,11 +276,11 @@ def _gates(group: Group, forward: PartialForward) -> tuple[_Gate, ...] | None:
 
 
 def _gated(group: Group, tensor: str) -> bool:
-    return any(name == tensor for name, _ in group.gates)
+    return any(part.tensor == tensor for part in group.gates)
 
 
 def _zeroed(group: Group, gates_only: bool) -> list[Any]:
     """Slices whose zeros remove a channel: its gates, and where it leaves a residue all of its parameters."""
     if gates_only or group.residue is None:
-        return [part for part in group.slices if (part.tensor, part.dim) in group.gates]
+        return list(group.gates)
     return list(group.slices)

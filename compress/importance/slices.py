@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from compress.graph import ChannelGraph
 from compress.graph.groups import Group, Slices
-from compress.removal import Slot
 
 
 @dataclass(frozen=True)
@@ -22,20 +21,18 @@ class Station:
 
 def gates(group: Group) -> tuple[Station, ...]:
     """The layers on which a group's gates stand (`Group.gates`)."""
-    return _stations(group, group.gates)
+    return _stations(group.gates)
 
 
 def filters(group: Group) -> tuple[Station, ...]:
     """The weights, without biases, of the layers that make a group's channels."""
-    return _stations(group, group.filters)
+    return _stations(part for part in group.slices if (part.tensor, part.dim) in group.filters)
 
 
-def _stations(group: Group, slots: Iterable[Slot]) -> tuple[Station, ...]:
-    chosen = set(slots)
+def _stations(parts: Iterable[Slices]) -> tuple[Station, ...]:
     layers: dict[str, list[Slices]] = {}
-    for part in group.slices:
-        if (part.tensor, part.dim) in chosen:
-            layers.setdefault(layer_of(part.tensor), []).append(part)
+    for part in parts:
+        layers.setdefault(layer_of(part.tensor), []).append(part)
     return tuple(Station(layer, tuple(parts)) for layer, parts in layers.items())
 
 

@@ -86,12 +86,13 @@ def _shared(group: Group) -> list[Station]:
     stations: list[Station] = []
     additions = 0
     reading = True
+    gating = {(part.tensor, part.dim): part for part in group.gates}
     for part in group.slices:
         slot = (part.tensor, part.dim)
-        if slot in group.gates:
+        if slot in gating:
             additions += reading
             reading = False
-            stations.append(Station(layer_of(part.tensor), (part,), -(additions - 1.0)))
+            stations.append(Station(layer_of(part.tensor), (gating[slot],), -(additions - 1.0)))
         elif slot in group.readers:
             reading = True
             stations.append(Station(layer_of(part.tensor), (part,), float(additions)))

@@ -107,7 +107,7 @@ def test_a_channel_whose_gates_are_0_has_no_importance(spec: Spec, seed: int) ->
     parameters = dict(model.named_parameters())
     for name, channel in closed.items():
         for slot, positions in graph.groups[name].positions(torch.tensor([channel])).items():
-            if slot in graph.groups[name].gates:
+            if slot in graph.groups[name].gate_slots:
                 parameters[slot[0]].data.index_fill_(slot[1], positions, 0)
     for name in applicable(["taylor", "taylor:combine=max", "taylor-fg", "taylor-output", "oracle"], model, graph):
         scores = after_one(name, model, graph, of(list(range(6))))
@@ -125,7 +125,7 @@ def test_all_rules_agree_in_a_group_with_one_gate(spec: Spec) -> None:
             after_one(f"{name}:combine={how}", model, graph, one) for how in ("joint", "mean", "max")
         )
         for group in graph.groups.values():
-            if len({slot[0].rpartition(".")[0] for slot in group.gates}) == 1:
+            if len({slot[0].rpartition(".")[0] for slot in group.gate_slots}) == 1:
                 torch.testing.assert_close(mean[group.name], joint[group.name], **CLOSE)
                 torch.testing.assert_close(largest[group.name], joint[group.name], **CLOSE)
     for name in ("magnitude", "taylor-weight", "hessian"):

@@ -65,7 +65,7 @@ def test_chain() -> None:
     first, second = graph.groups.values()
     assert first.producers == (Producer("0", ("1",)),)
     assert first.consumers == ("3",)
-    assert first.gates == (("1.weight", 0), ("1.bias", 0))
+    assert first.gate_slots == (("1.weight", 0), ("1.bias", 0))
     assert first.copies == (1,)
     assert slots(graph, "0") == {
         *(("0.weight", 0), ("1.weight", 0), ("1.bias", 0), ("1.running_mean", 0), ("1.running_var", 0)),
@@ -73,7 +73,7 @@ def test_chain() -> None:
     }
     assert second.producers == (Producer("3", ()),)
     assert second.consumers == ("6",)
-    assert second.gates == (("3.weight", 0), ("3.bias", 0))
+    assert second.gate_slots == (("3.weight", 0), ("3.bias", 0))
     assert slots(graph, "3") == {("3.weight", 0), ("3.bias", 0), ("6.weight", 1)}
     channels = torch.tensor([1, 4])
     pixels = [*range(49, 98), *range(4 * 49, 5 * 49)]
@@ -91,7 +91,7 @@ def test_residual_stream_is_one_group_across_blocks() -> None:
     stream = graph.groups["stem"]
     assert stream.producers == (Producer("stem", ("stem_norm",)), Producer("b1", ()), Producer("b2", ("m2",)))
     assert stream.consumers == ("a1", "a2", "head")
-    assert set(stream.gates) == {
+    assert set(stream.gate_slots) == {
         *(("stem_norm.weight", 0), ("stem_norm.bias", 0)),
         *(("b1.weight", 0), ("b1.bias", 0)),
         *(("m2.weight", 0), ("m2.bias", 0)),
@@ -107,7 +107,7 @@ def test_gates_of_a_pre_activation_stream_are_the_normalisations() -> None:
     stream = trace(PreActivation(), IMAGE).groups["stem"]
     assert stream.producers == (Producer("stem", ("n1", "last")), Producer("b1", ("last",)))
     assert stream.consumers == ("a1", "head")
-    assert set(stream.gates) == {("n1.weight", 0), ("n1.bias", 0), ("last.weight", 0), ("last.bias", 0)}
+    assert set(stream.gate_slots) == {("n1.weight", 0), ("n1.bias", 0), ("last.weight", 0), ("last.bias", 0)}
     assert stream.residue is None
 
 
@@ -261,7 +261,7 @@ def test_a_model_that_cannot_be_captured_is_refused_with_the_cause() -> None:
             x = self.a(x)
             return self.b(x if x.sum() > 0 else -x)
 
-    with pytest.raises(InputError, match=r"torch\.export cannot capture the model: .*graph='torch-pruning'"):
+    with pytest.raises(InputError, match=r"cannot be captured as a graph: .*graph='torch-pruning'"):
         trace(Branching(), torch.ones(1, 4))
 
 

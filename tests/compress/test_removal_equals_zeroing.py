@@ -32,15 +32,15 @@ def zeroed(model: nn.Module, graph: ChannelGraph, removals: dict[str, Tensor]) -
     parameters = dict(result.named_parameters())
     for name, channels in removals.items():
         group = graph.groups[name]
-        slots = set(group.gates)
+        parts = {(part.tensor, part.dim): part for part in group.gates}
         if group.residue is not None:
             transposed = [isinstance(model.get_submodule(layer), nn.ConvTranspose2d) for layer in group.consumers]
             slots = {
                 (f"{name}.weight", 0 if swap else 1) for name, swap in zip(group.consumers, transposed, strict=True)
             }
-        for slot, positions in group.positions(channels).items():
-            if slot in slots:
-                parameters[slot[0]].data.index_fill_(slot[1], positions, 0)
+            parts = {(part.tensor, part.dim): part for part in group.slices if (part.tensor, part.dim) in slots}
+        for (tensor, dim), part in parts.items():
+            parameters[tensor].data.index_fill_(dim, part.of(channels), 0)
     return result
 
 

@@ -69,7 +69,7 @@ def test_groups_equal_torch_prunings(name: str) -> None:
             (p.layer, frozenset(p.norms)) for p in other.producers
         }
         assert set(group.consumers) == set(other.consumers)
-        assert set(group.gates) == set(other.gates)
+        assert set(group.gate_slots) == set(other.gate_slots)
         assert group.residue is None
     assert {key: uses for key, uses in ours.uses.items() if uses} == {
         k: uses for k, uses in theirs.uses.items() if uses
@@ -118,7 +118,12 @@ def test_model_that_export_refuses(branching: nn.Module) -> None:
     assert [producer.layer for producer in graph.groups["stem"].producers] == ["stem", "b"]
     assert graph.groups["stem"].producers[0].norms == ("norm",)
     assert graph.groups["stem"].consumers == ("a", "head")
-    assert set(graph.groups["stem"].gates) == {("norm.weight", 0), ("norm.bias", 0), ("b.weight", 0), ("b.bias", 0)}
+    assert set(graph.groups["stem"].gate_slots) == {
+        ("norm.weight", 0),
+        ("norm.bias", 0),
+        ("b.weight", 0),
+        ("b.bias", 0),
+    }
     assert graph.frozen == [Frozen(("head",), "output of the model")]
     assert graph.uses == {"stem.weight": 16, "a.weight": 16, "b.weight": 16, "head.weight": 1}
     assert branching.training

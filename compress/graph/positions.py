@@ -1,0 +1,121 @@
+"""Rules for operators over positions: pooling, resizing, padding, reduction."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from compress.graph.flows import Flow
+from compress.graph.labels import blank, compact, varying
+from compress.graph.rules import aten, rule
+from compress.graph.walk import Walk
+
+
+def resized(walk: Walk, x: Flow, shape: Sequence[int], reason: str) -> Tensor:
+    """Labels after the axes without channels took new sizes; a channel axis that did so is frozen."""
+    labels = compact(x.labels)
+    for dim in range(labels.dim()):
+        if labels.shape[dim] not in (1, shape[dim]):
+            walk.whole(x.labels, dim, reason)
+            labels = labels.narrow(dim, 0, 1)
+    return labels.expand(tuple(shape))
+
+
+@rule(
+    *(aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool3d.default),
+    *(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default),
+    *(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default),
+    *(aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec),
+    *(aten.upsample_nearest2d.default, aten.upsample_bilinear2d.default, aten.upsample_bicubic2d.default),
+    *(aten.upsample_nearest1d.vec, aten.upsample_linear1d.vec, aten.upsample_trilinear3d.vec),
+    *(aten.upsample_nearest3d.vec, aten._upsample_bilinear2d_aa.vec, aten._upsample_bicubic2d_aa.vec),
+)
+def pool(walk: Walk, node: fx.Node, x: Any, *_: Any, **__: Any) -> Flow:
+    x = walk.as_flow(x)
+    return x.moved(resized(walk, x, node.meta["val"].shape, "pooling or resizing over channels"))
+
+
+@rule(aten.adaptive_max_pool2d.default, aten.max_pool2d_with_indices.default)
+def pool_with_indices(walk: Walk, node: fx.Node, x: Flow, *_: Any, **__: Any) -> tuple[Flow, Flow]:
+    values, indices = node.meta["val"]
+    return x.moved(resized(walk, x, values.shape, "pooling over channels")), walk.unlabelled(indices.shape)
+
+
+@rule(aten.pad.default, aten.constant_pad_nd.default)
+def pad(walk: Walk, node: fx.Node, x: Any, padding: Sequence[int], *args: Any, **kwargs: Any) -> Flow:
+    x = walk.as_flow(x)
+    labels = resized(walk, x, node.meta["val"].shape, "padding of the channel axis")
+    value = kwargs.get("value", args[-1] if args else None)
+    return Flow(labels, x.gates, x.vanishes and (isinstance(value, str) or not value))
+
+
+@rule(aten.im2col.default)
+def image_to_columns(walk: Walk, node: fx.Node, x: Flow, kernel: Sequence[int], *_: Any, **__: Any) -> Flow:
+    channels = walk.along(x.labels, 1)  # (C,), each of which becomes one channel for each place of the window
+    shape = node.meta["val"].shape
+    labels = channels.repeat_interleave(shape[1] // len(channels))
+    return x.moved(labels.view(1, -1, 1).expand(shape))
+
+
+@rule(aten.col2im.default)
+def columns_to_image(walk: Walk, node: fx.Node, x: Flow, *_: Any, **__: Any) -> Flow:
+    shape = node.meta["val"].shape
+    columns = walk.along(x.labels, 1)
+    channels = walk.along(columns.view(shape[1], -1), 0)
+    return x.moved(channels.view(1, -1, 1, 1).expand(shape))
+
+
+@rule(aten.unfold.default)
+def unfold(walk: Walk, node: fx.Node, x: Any, dim: int, size: int, step: int) -> Flow:
+    x = walk.as_flow(x)
+    shape = node.meta["val"].shape
+    labels = x.labels
+    if dim % labels.dim() in varying(labels):
+        walk.whole(labels, dim % labels.dim(), "windows over the channel axis")
+    labels = labels.narrow(dim, 0, 1)
+    return x.moved(labels[..., None].expand(shape))
+
+
+_EXACT = (aten.sum.dim_IntList, aten.linalg_vector_norm.default)
+"""Reductions that lose nothing when a channel of zeros goes."""
+
+
+@rule(
+    *(aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.linalg_vector_norm.default),
+    *(aten.mean.default, aten.sum.default, aten.std.correction, aten.var.correction),
+)
+def reduce(walk: Walk, node: fx.Node, x: Any, *args: Any, **kwargs: Any) -> Flow:
+    x = walk.as_flow(x)
+    position = 1 if node.target is aten.linalg_vector_norm.default else 0
+    dims = kwargs.get("dim", args[position] if len(args) > position else None)
+    axes = {dim % x.labels.dim() for dim in ([dims] if isinstance(dims, int) else dims or range(x.labels.dim()))}
+    labels, vanishes = x.labels, x.vanishes and node.target not in (aten.std.correction, aten.var.correction)
+    over = axes & set(varying(labels))
+    if over:
+        heads = len(varying(labels)) > len(over) and walk.attention == "heads"
+        if node.target not in _EXACT or not x.vanishes or heads:
+            walk.mixes(x, sorted(over), node.name, f"{node.target} over channels depends on their number")
+        elif varying(labels) == sorted(over):
+            walk.read(node.name, x)
+        labels, vanishes = labels if heads else blank(labels.shape), vanishes and heads
+    for dim in axes:
+        labels = labels.narrow(dim, 0, 1)
+    return Flow(labels.expand(labels.shape).reshape(node.meta["val"].shape), x.gates, vanishes)
+
+
+@rule(aten.max.dim, aten.min.dim)
+def extreme_along(walk: Walk, node: fx.Node, x: Any, dim: int, keepdim: bool = False) -> tuple[Flow, Flow]:
+    x = walk.as_flow(x)
+    values, indices = node.meta["val"]
+    walk.whole(x.labels, dim % x.labels.dim(), f"{node.target} over channels")
+    labels = x.labels.narrow(dim, 0, 1).expand(
+        [*x.shape[: dim % x.labels.dim()], 1, *x.shape[dim % x.labels.dim() + 1 :]]
+    )
+    return x.moved(labels.reshape(values.shape)), walk.unlabelled(indices.shape)
+
+
+@rule(aten.cumsum.default)
+def cumulate(walk: Walk, node: fx.Node, x: Any, dim: int, **_: Any) -> Flow:
+    x = walk.as_flow(x)
+    walk.whole(x.labels, dim % x.labels.dim(), "sums over preceding channels")
+    return x.moved(x.labels)

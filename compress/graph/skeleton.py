@@ -1,0 +1,105 @@
+"""A model without its numbers: a copy made of fake tensors, to run, cut and capture at no cost."""
+
+import copy
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from compress.errors import InputError, first_line
+from compress.graph.capture import Capture, capture, without_fused_attention
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A copy in evaluation mode whose parameters and buffers have shapes and no storage.
+
+    Attributes:
+        model: the copy.
+        mode: to which its tensors belong.
+        inputs: the forward pass's arguments, fake too.
+    """
+
+    model: nn.Module
+    mode: FakeTensorMode
+    inputs: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: Sequence[Any]) -> "Skeleton":
+        """Copy `model`, which is neither run nor changed."""
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+        def shape_of(tensor: Tensor) -> Tensor:
+            # What `mode.from_tensor` does for an ordinary tensor, without its care for views and subclasses.
+            return FakeTensor(mode, torch.empty_like(tensor, device="meta", requires_grad=False), tensor.device)
+
+        memo: dict[int, Any] = {}
+        for parameter in model.parameters():
+            memo[id(parameter)] = nn.Parameter(shape_of(parameter), parameter.requires_grad)
+        for buffer in model.buffers():
+            memo[id(buffer)] = shape_of(buffer)
+        fake = pytree.tree_map_only(Tensor, shape_of, tuple(inputs))
+        return cls(copy.deepcopy(model, memo).eval(), mode, fake)
+
+    def captured(self, *, training: bool = False) -> Capture:
+        """One forward pass as a graph.
+
+        Raises:
+            InputError: the forward pass fails, or decides by the values of tensors.
+        """
+        try:
+            return capture(self.model.train(training), self.mode, self._inputs(training))
+        except Exception as error:  # it fails with anything that the model's forward can raise
+            raise InputError(
+                f"The model cannot be captured as a graph: {self.cause(error)}; check that the example input fits, or "
+                "try graph='torch-pruning'."
+            ) from error
+        finally:
+            self.model.eval()
+
+    def run(self, *, training: bool = False) -> Any:
+        """One forward pass."""
+        try:
+            with torch.no_grad(), without_fused_attention(), self.mode:
+                return self.model.train(training)(*self._inputs(training))
+        finally:
+            self.model.eval()
+
+    def cause(self, error: BaseException) -> str:
+        """What went wrong in a forward pass, and in which module."""
+        names = {id(module): name for name, module in self.model.named_modules()}
+        met = [names.get(id(frame.f_locals.get("self"))) for frame, _ in traceback.walk_tb(error.__traceback__)]
+        where = next((f" in {name}" for name in reversed(met) if name), "")
+        if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+            return f"the forward pass depends on the values of a tensor ({error.func}{where})"
+        return f"{first_line(error)}{where}"
+
+    def multiply_adds(self) -> float:
+        """Of one image: matrix products, convolutions and attention (`torch.utils.flop_counter`)."""
+        with FlopCounterMode(display=False) as counter:
+            self.run()
+        return counter.get_total_flops() / 2 / batch_size(self.inputs)
+
+    def _inputs(self, training: bool) -> tuple[Any, ...]:
+        if not training:
+            return self.inputs
+        # Two images, for normalisation in training mode refuses a single value per channel.
+        with self.mode:
+            return pytree.tree_map_only(Tensor, lambda x: torch.cat([x, x]) if x.dim() else x, self.inputs)
+
+
+def batch_size(inputs: Sequence[Any]) -> int:
+    """Number of images in the example inputs: the first dimension of the first tensor that has one."""
+    leaves = pytree.tree_leaves(inputs)
+    return next((int(leaf.shape[0]) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), 1)

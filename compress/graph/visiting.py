@@ -1,0 +1,82 @@
+"""The visit of a graph's nodes: arguments turned into flows and weights, and the operator's rule called on them."""
+
+from __future__ import annotations
+
+import operator
+from functools import partial
+from typing import Any
+
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from compress.graph.capture import Capture
+from compress.graph.flows import Flow, Kernel, Weight
+from compress.graph.labels import NO_CHANNEL, compact
+from compress.graph.rules import KERNEL_RULES
+from compress.graph.walk import Walk
+
+
+def visit(walk: Walk, program: Capture, *, counting: bool = True) -> None:
+    """Visit every node of a captured forward pass once, in order; several of one model add up.
+
+    Args:
+        counting: whether this one's multiply-adds count.
+    """
+    walk.counting = counting
+    values: dict[fx.Node, Any] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = _placeholder(walk, node, program)
+        elif node.op == "output":
+            for output in node.all_input_nodes:
+                flow = walk.as_flow(values[output])
+                if isinstance(flow, Flow):
+                    walk.freeze(flow.labels, "output of the model")
+        elif node.op == "call_function":
+            values[node] = _call(walk, node, values)
+
+
+def _placeholder(walk: Walk, node: fx.Node, program: Capture) -> Any:
+    value = node.meta["val"]
+    name = program.parameters.get(node.name) or program.buffers.get(node.name)
+    if name is not None:
+        return Weight(name, value.shape, trainable=node.name in program.parameters)
+    if node.name in program.inputs:
+        if value.dim():
+            walk.batch = max(1, int(value.shape[0]))
+        return walk.frozen(value.shape, "input of the model")
+    return walk.unlabelled(value.shape)
+
+
+def _call(walk: Walk, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    args: Any = fx.node.map_arg(node.args, values.get)
+    kwargs: Any = fx.node.map_arg(node.kwargs, values.get)
+    if node.target is operator.getitem:
+        return args[0][args[1]] if args[0] is not None else None
+    leaves = _leaves((args, kwargs))
+    numbers = [leaf for leaf in leaves if isinstance(leaf, float)]
+    if numbers:
+        walk.note(str(node.target), numbers, *(leaf.labels for leaf in leaves if isinstance(leaf, Flow)))
+    computed = any(isinstance(leaf, Kernel) or (isinstance(leaf, Weight) and len(leaf.axes) > 1) for leaf in leaves)
+    rule = (KERNEL_RULES.get(node.target) if computed else None) or walk.rules.get(node.target)
+    return rule(walk, node, *args, **kwargs) if rule else _without_rule(walk, node, leaves)
+
+
+def _leaves(arguments: Any) -> list[Any]:
+    found: list[Any] = []
+    fx.node.map_aggregate(arguments, found.append)
+    return found
+
+
+def _without_rule(walk: Walk, node: fx.Node, leaves: list[Any]) -> Any:
+    reason = f"operator {node.target} has no rule"
+    touched = [walk.as_flow(leaf) if isinstance(leaf, (Flow, Weight, Kernel)) else leaf for leaf in leaves]
+    flows = [flow for flow in touched if isinstance(flow, Flow)]
+    if all(bool((compact(flow.labels) == NO_CHANNEL).all()) for flow in flows):
+        make = walk.unlabelled  # constants in, constants out
+    else:
+        walk.unknown[str(node.target)].append(node.name)
+        make = partial(walk.frozen, reason=reason)
+        for flow in flows:
+            walk.freeze(flow.labels, reason)
+    return pytree.tree_map_only(Tensor, lambda value: make(value.shape), node.meta.get("val"))
