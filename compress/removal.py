@@ -4,13 +4,14 @@ Parameter objects keep their identity: an optimizer, an average of weights or a 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from compress.attributes import AttributeRule, set_attributes
 from compress.errors import WorkError
 
 Slot = tuple[str, int]
@@ -109,32 +110,49 @@ def update_shapes(model: nn.Module, keep: Mapping[Slot, Tensor], sizes: Mapping[
         keep: as for `keep_slices`.
         sizes: of the same dimensions before the cut.
     """
-    inside: dict[str, Cuts] = defaultdict(lambda: Cuts({}, {}))
+    from compress import attention  # noqa: F401  (registers its rows; it imports this module)
+
+    aliases = _aliases(model)
+    inside: dict[nn.Module, Cuts] = {}
+    depths: dict[nn.Module, int] = {}
     for (tensor, dim), positions in keep.items():
-        parts = tensor.split(".")
-        for depth in range(len(parts)):
-            cuts, slot = inside[".".join(parts[:depth])], (".".join(parts[depth:]), dim)
-            cuts[slot], cuts.sizes[slot] = positions, sizes[tensor, dim]
-    for name in sorted(inside, key=lambda name: -len(name.split(".")) if name else 0):
-        module = model.get_submodule(name)
+        for name in aliases[tensor]:
+            parts = name.split(".")
+            for depth in range(len(parts)):
+                module, slot = model.get_submodule(".".join(parts[:depth])), (".".join(parts[depth:]), dim)
+                cuts = inside.setdefault(module, Cuts({}, {}))
+                cuts[slot], cuts.sizes[slot] = positions, sizes[tensor, dim]
+                depths[module] = max(depth, depths.get(module, 0))
+    for module in sorted(inside, key=lambda module: -depths[module]):
         for ancestor in type(module).__mro__:
             update = SHAPE_UPDATES.get(ancestor) or SHAPE_UPDATES.get(f"{ancestor.__module__}.{ancestor.__qualname__}")
             if update is not None:
-                update(module, inside[name])
+                update(module, inside[module])
                 break
 
 
-def keep_slices(model: nn.Module, keep: Mapping[Slot, Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:
+def keep_slices(
+    model: nn.Module,
+    keep: Mapping[Slot, Tensor],
+    optimizer: torch.optim.Optimizer | None = None,
+    attributes: Iterable[AttributeRule] = (),
+) -> None:
     """Cut every named tensor of `model` down to the positions kept.
 
     Args:
         model: changed in place; what was kept is added to its record (`kept_slices`).
-        keep: (parameter or buffer, dimension) -> ascending positions to keep, int64.
+        keep: (parameter or buffer, dimension) -> ascending positions to keep, int64. A tensor under several names is
+            cut once, whichever is given.
         optimizer: its state (momentum, moments) is cut alike.
+        attributes: what else the forward pass takes its sizes from (`ChannelGraph.attributes`); set last, after the
+            functions of `shape_update`.
 
     Raises:
-        WorkError: the optimizer holds a state tensor of a shape that says nothing of channels. Nothing is changed then.
+        WorkError: the optimizer holds a state tensor of a shape that says nothing of channels, or an attribute would
+            not be an integer. Nothing is changed then.
     """
+    first = {alias: name for name, names in _aliases(model).items() for alias in names}
+    keep = {(first[name], dim): positions for (name, dim), positions in keep.items()}
     by_tensor: dict[str, dict[int, Tensor]] = defaultdict(dict)
     for (name, dim), positions in keep.items():
         by_tensor[name][dim] = positions
@@ -142,14 +160,24 @@ def keep_slices(model: nn.Module, keep: Mapping[Slot, Tensor], optimizer: torch.
     if optimizer is not None:
         _check_state(optimizer, {name: tensors[name] for name in by_tensor})
     sizes = {(name, dim): tensors[name].shape[dim] for name, dim in keep}
+    values = {rule.attribute: rule.value(len(keep[rule.follows])) for rule in attributes if rule.follows in keep}
     for name, cuts in by_tensor.items():
         _cut(tensors[name], cuts, optimizer)
     update_shapes(model, keep, sizes)
+    set_attributes(model, values)
     record = _record(model)
     for slot, positions in keep.items():
         size, earlier = record.get(slot, (sizes[slot], None))
         record[slot] = (size, positions.clone() if earlier is None else earlier[positions])
     setattr(model, _RECORD, record)
+
+
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    """The name of every parameter and buffer -> all names that the same tensor has."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        names[id(tensor)].append(name)
+    return {same[0]: same for same in names.values()}
 
 
 def kept_slices(model: nn.Module) -> dict[Slot, Tensor]:

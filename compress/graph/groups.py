@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compress.attributes import AttributeRule
 from compress.graph.walk import Constants, Walk
 from compress.removal import Slot
 
@@ -168,6 +169,7 @@ class ChannelGraph:
         constants: numbers in the forward pass that must not change when channels go.
         other_macs: multiply-adds of one image that are neither in `uses` nor in `products`.
         operators_without_rule: operator -> the nodes of the exported graph at which it stands.
+        attributes: what the forward pass reads from attributes and must follow a removal.
         grouped: layers that are grouped convolutions or group normalisations; with one channel left in every group, or
             one group left, the shape no longer tells them from depthwise ones, or from layer normalisations.
     """
@@ -181,6 +183,7 @@ class ChannelGraph:
     other_macs: float = 0.0
     operators_without_rule: dict[str, list[str]] = field(default_factory=dict)
     grouped: frozenset[str] = frozenset()
+    attributes: tuple[AttributeRule, ...] = ()
 
     @property
     def widths(self) -> dict[str, int]:

@@ -98,7 +98,7 @@ def linear(walk: Walk, node: fx.Node, x: Any, weight: Any, bias: Any = None) -> 
     last = x.labels.dim() - 1
     if any(axis != last for axis in varying(x.labels)):
         # It mixes positions, or the channels of each head by themselves; its own slices stay.
-        walk.whole(x.labels, last, "linear layer over one of several channel axes")
+        walk.whole(x.labels, last, "linear layer over one of several channel axes", same=True)
         if isinstance(weight, Kernel):
             walk.stuck(weight, "a computed weight that mixes positions")
         return Flow(first_along(x.labels, last).narrow(last, 0, 1).expand(shape), x.gates, x.vanishes and bias is None)

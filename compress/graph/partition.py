@@ -45,11 +45,14 @@ class Partition:
         """Elements at the same place belong to channels that can only go together; shapes must broadcast."""
         _append(self._tied, first, second)
 
-    def whole(self, labels: Tensor, dim: int, reason: str) -> None:
+    def whole(self, labels: Tensor, dim: int, reason: str, *, same: bool = False) -> None:
         """Positions along `dim` stay or go all at once.
 
         Where labels follow another axis too (the heads of an attention layer), what lies along `dim` is tied; where
         they follow `dim` alone, nothing of it can go, for the reason given.
+
+        Args:
+            same: what lies along `dim` becomes one value, so that from here on it is one channel.
         """
         axes = varying(labels)
         if dim not in axes:
@@ -57,7 +60,7 @@ class Partition:
         if len(axes) == 1:
             self.freeze(labels, reason)
         else:
-            self.together(labels, labels.narrow(dim, 0, 1))
+            (self.join if same else self.together)(labels, labels.narrow(dim, 0, 1))
 
     def grid(self, labels: Tensor) -> None:
         """Channels stand on several axes, and what is left of them must fill a rectangle again.

@@ -43,12 +43,12 @@ class _Factor:
         """Labels along one axis, those at the first position of all others."""
         return self.labels.movedim(self.every.index(letter), 0).flatten(1)[:, 0]
 
-    def tie(self, walk: Walk, letter: str, reason: str) -> None:
-        """What lies along the axis `letter` can only go all at once; not at all where it is the only one."""
+    def tie(self, walk: Walk, letter: str, reason: str, *, same: bool = False) -> None:
+        """What lies along the axis `letter` can only go all at once (`Partition.whole`)."""
         if len(self.channels) == 1:
             walk.freeze(self.labels, reason)
         else:
-            walk.together(self.labels, self.labels.narrow(self.every.index(letter), 0, 1))
+            (walk.join if same else walk.together)(self.labels, self.labels.narrow(self.every.index(letter), 0, 1))
         self.channels.discard(letter)
 
 
@@ -71,7 +71,7 @@ def product(walk: Walk, node: fx.Node, flows: Sequence[Flow], letters: Sequence[
         return walk.unlabelled([_size(factors, letter) for letter in out])
     for factor in factors:
         for letter in sorted(factor.channels & summed):
-            factor.tie(walk, letter, _REASON)
+            factor.tie(walk, letter, _REASON, same=True)
     for mine, other in ((first, second), (second, first)):
         for letter in sorted(mine.channels - other.channels):
             if other.sizes.get(letter, 1) > 1:
@@ -83,7 +83,7 @@ def product(walk: Walk, node: fx.Node, flows: Sequence[Flow], letters: Sequence[
                 mine.tie(walk, letter, _REASON)
     if first.channels & second.channels:
         walk.together(first.labels, second.labels)
-    return _result(factors, out)
+    return _result(walk, factors, out)
 
 
 def _size(factors: Sequence[_Factor], letter: str) -> int:
@@ -99,13 +99,15 @@ def _tie_heads(walk: Walk, factors: Sequence[_Factor], out: str) -> None:
             factor.labels = factor.labels.narrow(factor.every.index(letter), 0, 1)
 
 
-def _result(factors: Sequence[_Factor], out: str) -> Flow:
+def _result(walk: Walk, factors: Sequence[_Factor], out: str) -> Flow:
     """The factor with more of the result's axes gives the labels, and either that vanishes the gate."""
     shape = [_size(factors, letter) for letter in out]
     first, second = factors
     carrier, other = (second, first) if _width(second, out) > _width(first, out) else (first, second)
-    gating = next((factor.flow for factor in (carrier, other) if factor.flow.vanishes), None)
-    gates = first.flow.gates | second.flow.gates if gating is None else gating.gates
+    gating = next((factor for factor in (carrier, other) if factor.flow.vanishes), None)
+    gates = first.flow.gates | second.flow.gates if gating is None else gating.flow.gates
+    if gating is other:
+        walk.join(carrier.labels, other.labels)  # the gates stand where the other's channels are made
     letters = list(carrier.sizes)
     labels = carrier.flow.labels
     for letter in [letter for letter in letters if letter not in out]:

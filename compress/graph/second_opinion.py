@@ -23,9 +23,10 @@ from torch_pruning.dependency import Node
 from compress.errors import InputError, first_line
 from compress.graph.groups import ChannelGraph, groups_of
 from compress.graph.numeric_trial import broken_groups
+from compress.graph.options import check_names, named
 from compress.graph.rules import RULES
 from compress.graph.skeleton import batch_size
-from compress.graph.tracing import check_ignore, covers, unprunable
+from compress.graph.tracing import unprunable
 from compress.graph.walk import Walk
 from compress.removal import Slot
 
@@ -47,7 +48,7 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any], *, ignore: S
         InputError: Torch-Pruning cannot trace the model, or `ignore` names no module.
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    check_ignore(model, ignore)
+    check_names(model, "ignore", ignore)
     graph = dependency_groups(model, inputs, ignore=ignore)
     graph = graph.without(unprunable(graph))
     while graph.groups:
@@ -81,7 +82,7 @@ def dependency_groups(model: nn.Module, inputs: tuple[Any, ...], *, ignore: Sequ
     translation.freeze_rest()
     translation.add_gates(dependencies.module2node.values())
     walk = translation.walk
-    walk.ignore(lambda layer: covers(ignore, layer))
+    walk.ignore(named(ignore))
     graph = groups_of(walk)
     shapes = dict(copied.named_parameters())
     weighted = sum(count * shapes[name].numel() for name, count in walk.uses.items())

@@ -14,13 +14,15 @@ from compress.graph.walk import Walk
 
 MOVES = (
     *(aten.permute.default, aten.transpose.int, aten.t.default, aten.movedim.int, aten.swapaxes.default),
+    *(aten.mT.default, aten.adjoint.default, aten.swapdims.default, aten.moveaxis.int, aten.movedim.intlist),
+    *(aten.broadcast_to.default, aten.flip.default),
     *(aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
-    *(aten.expand.default, aten.flip.default, aten.numpy_T.default, aten.repeat.default),
+    *(aten.expand.default, aten.numpy_T.default, aten.repeat.default),
     *(aten.repeat_interleave.self_int, aten.diagonal.default),
 )
 VIEWS = (
     *(aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.reshape_as.default),
-    *(aten.flatten.using_ints, aten.unflatten.int, aten.view_as.default),
+    *(aten.flatten.using_ints, aten.unflatten.int, aten.view_as.default, aten.ravel.default),
 )
 SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
 _UNEQUAL = "cut into parts of unequal width, which nothing keeps at their places"

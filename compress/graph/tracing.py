@@ -1,25 +1,35 @@
 """From a model to its channel graph: capture, walk, and a trial removal that shows whether the walk was right."""
 
-import difflib
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from compress.errors import InputError
 from compress.graph import operators  # noqa: F401  (fills the operator tables)
 from compress.graph.groups import ChannelGraph, groups_of
+from compress.graph.options import Options
 from compress.graph.rules import RULES
 from compress.graph.skeleton import Skeleton
 from compress.graph.trial import Trial
 from compress.graph.visiting import visit
-from compress.graph.walk import Walk
+from compress.graph.walk import Attention, Walk
 
 logger = logging.getLogger(__name__)
 
 
-def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any], *, ignore: Sequence[str] = ()) -> ChannelGraph:
+def trace(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Any],
+    *,
+    ignore: Sequence[str] = (),
+    protect: Sequence[str] = (),
+    tie: Sequence[tuple[str, str]] = (),
+    attention: Attention = "heads",
+    embedding: bool = False,
+) -> ChannelGraph:
     """Find the channel groups of `model`.
 
     The model itself is not run and not changed: a copy made of fake tensors is captured as a graph of ATen operators,
@@ -30,17 +40,24 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any], *, ignore: S
     Args:
         example_inputs: the forward pass's positional arguments; a tensor is one argument. Values do not matter.
         ignore: names of modules whose output channels stay; a name covers everything inside the module.
+        protect: names of modules none of whose tensors is cut.
+        tie: pairs of layers; output channel i of one can go only together with output channel i of the other.
+        attention: what of an attention layer can go: whole heads, channels of all heads together ("widths": queries and
+            keys as one group, values as another), or nothing.
+        embedding: whether channels can go that a normalisation mixes with others, such as the stream of a transformer;
+            the network then computes something else than with zeros there (`Group.mixed`).
 
     Raises:
-        InputError: the model cannot be captured, or `ignore` names no module.
+        InputError: the model cannot be captured, or an option names what is not there or cannot be done.
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    check_ignore(model, ignore)
-    graph = _first_walk(Skeleton.of(model, inputs), ignore)
+    options = Options.checked(model, ignore=ignore, protect=protect, tie=tie, attention=attention, embedding=embedding)
+    graph = _first_walk(Skeleton.of(model, inputs), options)
     graph = graph.without(unprunable(graph))
     while graph.groups:
-        broken = Trial(model, inputs, graph, walked).broken()
+        broken, attributes = Trial(model, inputs, graph, partial(walked, options=options)).outcome()
         if not broken:
+            graph = replace(graph, attributes=attributes)
             break
         for name, reason in broken.items():
             logger.warning("the channels of %s are not pruned: %s", name, reason)
@@ -63,41 +80,26 @@ def unprunable(graph: ChannelGraph) -> dict[str, str]:
     return reasons
 
 
-def check_ignore(model: nn.Module, ignore: Sequence[str]) -> None:
-    """Raise InputError for a name in `ignore` that is no module or parameter of the model."""
-    names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
-    for name in ignore:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise InputError(f"ignore names {name!r}, but the model has no module or parameter of that name{hint}")
-
-
-def covers(ignore: Sequence[str], layer: str) -> bool:
-    """Whether a layer is named by `ignore` or lies inside a module that is."""
-    return any(layer == name or layer.startswith(f"{name}.") for name in ignore)
-
-
-def walked(skeleton: Skeleton, ignore: Sequence[str] = (), grouped: frozenset[str] = frozenset()) -> ChannelGraph:
+def walked(skeleton: Skeleton, options: Options, grouped: frozenset[str] = frozenset()) -> ChannelGraph:
     """Capture and walk; once more as the network trains, where evaluation leaves layers out (auxiliary heads).
 
     Args:
-        grouped: layers known as grouped convolutions, whatever their shapes look like.
+        grouped: layers known as grouped, whatever their shapes look like (`ChannelGraph.grouped`).
 
     Raises:
-        InputError: the model cannot be captured.
+        InputError: the model cannot be captured, or layers cannot be tied.
     """
-    walk = Walk(RULES, grouped=set(grouped))
+    walk = Walk(RULES, grouped=set(grouped), attention=options.attention, embedding=options.embedding)
     program = skeleton.captured()
     visit(walk, program)
     if program.live < {name for name, _ in skeleton.model.named_parameters()}:
         visit(walk, skeleton.captured(training=True), counting=False)
-    walk.ignore(lambda layer: covers(ignore, layer))
+    options.applied(walk)
     return groups_of(walk)
 
 
-def _first_walk(skeleton: Skeleton, ignore: Sequence[str]) -> ChannelGraph:
-    graph = walked(skeleton, ignore)
+def _first_walk(skeleton: Skeleton, options: Options) -> ChannelGraph:
+    graph = walked(skeleton, options)
     sizes = {name: parameter.numel() for name, parameter in skeleton.model.named_parameters()}
     weighted = sum(count * sizes[name] for name, count in graph.uses.items() if name in sizes)
     weighted += sum(product.value(graph.widths) for product in graph.products)

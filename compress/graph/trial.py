@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compress.errors import InputError, first_line
+from compress.attributes import AttributeRule, set_values
+from compress.errors import InputError, WorkError, first_line
+from compress.graph.attributes import RUNS, WALKS, Kind, attributes_read, candidates, reached, search
 from compress.graph.bisection import culprits
 from compress.graph.groups import ChannelGraph
 from compress.graph.skeleton import Skeleton
@@ -18,6 +21,9 @@ _FRACTIONS = (0.2, 0.7)
 of all groups would leave a tensor that is cut at a fraction of its width cut at the right place."""
 
 
+Rules = tuple[AttributeRule, ...]
+
+
 @dataclass(frozen=True)
 class Trial:
     """A graph to be put to the trial.
@@ -25,26 +31,74 @@ class Trial:
     Attributes:
         model: from which `graph` was traced.
         inputs: the forward pass's arguments.
-        walked: (skeleton, no names, the graph's grouped layers) -> its channel graph.
+        walked: skeleton and `ChannelGraph.grouped` -> the skeleton's channel graph.
     """
 
     model: nn.Module
     inputs: tuple[Any, ...]
     graph: ChannelGraph
-    walked: Callable[[Skeleton, Sequence[str], frozenset[str]], ChannelGraph]
+    walked: Callable[..., ChannelGraph]
 
-    def broken(self) -> dict[str, str]:
-        """Remove a part of every group from a skeleton; group name -> why it must be frozen."""
-        try:
-            return self._with_siblings(self._mismatch())
-        except InputError as error:
-            reason = f"the forward pass does not follow its widths: {first_line(error.__cause__ or error)}"
+    def outcome(self) -> tuple[dict[str, str], Rules]:
+        """Remove a part of every group: group name -> why it must be frozen, and the attributes that must follow."""
+        broken, failure = self._attempt(())
+        if not broken:
+            return {}, ()
+        rules = self._rules(failure)
+        if rules:
+            broken, failure = self._attempt(rules)
+        if failure is None:
+            return self._with_siblings(broken), rules
         names = list(self.graph.groups)
         for training in (False, True):  # what fails in training only is an auxiliary head
-            found = culprits(names, lambda some, training=training: self._fails(some, training=training))
+            found = culprits(names, partial(self._fails, rules, training))
             if found:
-                return self._with_siblings(dict.fromkeys(found, reason))
-        return dict.fromkeys(names, reason)
+                broken = self._with_siblings(dict.fromkeys(found, failure))
+                break
+        return broken, rules
+
+    def _attempt(self, rules: Rules) -> tuple[dict[str, str], str | None]:
+        """Group name -> why it must be frozen, and how the forward pass fails, where it does."""
+        try:
+            skeleton, smaller = self._shrunk(list(self.graph.groups), rules)
+        except Exception as error:  # noqa: BLE001  functions of `shape_update` are the user's too
+            failure = f"its module does not follow a removal: {first_line(error)}"
+            return dict.fromkeys(self.graph.groups, failure), failure
+        try:
+            return self._mismatch(skeleton, smaller), None
+        except InputError as error:
+            failure = f"the forward pass does not follow its widths: {skeleton.cause(error.__cause__ or error)}"
+            return dict.fromkeys(self.graph.groups, failure), failure
+
+    def _rules(self, failure: str | None) -> Rules:
+        """The attributes that must follow for the forward pass to come through, or for it to cut as before."""
+        try:
+            skeleton, smaller = self._shrunk(list(self.graph.groups), ())
+        except Exception:  # noqa: BLE001  no attribute helps where the removal itself fails
+            return ()
+        reads, modes = attributes_read(Skeleton.of(self.model, self.inputs))
+        # What a function of the module's own has changed already is not for us to change.
+        reads = [one for one in reads if one.value(self.model) == one.value(skeleton.model)]
+        kinds = candidates(self.model, reads, self.graph)
+
+        def score(some: frozenset[Kind]) -> float:
+            rules = [rule for kind in some for rule in kinds[kind]]
+            try:
+                values = {rule.attribute: rule.value(smaller.sizes[rule.follows]) for rule in rules}
+            except WorkError:
+                return float("-inf")
+            before = {one: one.value(skeleton.model) or 0 for one in values}
+            set_values(skeleton.model, values)
+            try:
+                return reached(skeleton, modes) if failure else -len(self._mismatch(skeleton, smaller))
+            except InputError:
+                return float("-inf")
+            finally:
+                set_values(skeleton.model, before)
+
+        enough, limit = (float("inf"), RUNS) if failure else (0, WALKS)
+        needed = search(list(kinds), score, enough, limit)
+        return tuple(sorted((rule for kind in needed for rule in kinds[kind]), key=lambda rule: str(rule.attribute)))
 
     def _with_siblings(self, broken: dict[str, str]) -> dict[str, str]:
         """Also the groups with other channels of the same producers: where one is cut wrongly, so may the others be."""
@@ -57,10 +111,9 @@ class Trial:
                     found.setdefault(name, reasons[producer.layer])
         return found
 
-    def _mismatch(self) -> dict[str, str]:
+    def _mismatch(self, skeleton: Skeleton, smaller: ChannelGraph) -> dict[str, str]:
         """Groups that a walk over the smaller network does not find again: name -> why they must be frozen."""
-        skeleton, smaller = self._shrunk(list(self.graph.groups))
-        again = self.walked(skeleton, (), self.graph.grouped)
+        again = self.walked(skeleton, grouped=self.graph.grouped)
         found = _numbered(again)
         owner: dict[int, str] = {}
         tied: dict[int, set[int]] = {}  # channel of the new walk -> channels that were expected at its positions
@@ -86,7 +139,7 @@ class Trial:
                 reasons |= dict.fromkeys(before.groups, reason)
         return {name: reasons[name] for name in self.graph.groups if name in reasons}
 
-    def _shrunk(self, names: Sequence[str]) -> tuple[Skeleton, ChannelGraph]:
+    def _shrunk(self, names: Sequence[str], rules: Rules) -> tuple[Skeleton, ChannelGraph]:
         """A skeleton, and its graph, without a random part of the channels of the named groups."""
         random = torch.Generator().manual_seed(0)
         low, high = _FRACTIONS
@@ -97,14 +150,13 @@ class Trial:
             count = min(width - 1, max(1, round(width * fraction)))
             removals[name] = torch.randperm(width, generator=random)[:count].sort().values
         skeleton, smaller = Skeleton.of(self.model, self.inputs), self.graph.copy()
-        keep_slices(skeleton.model, smaller.remove(removals))
+        keep_slices(skeleton.model, smaller.remove(removals), attributes=rules)
         return skeleton, smaller
 
-    def _fails(self, names: Sequence[str], *, training: bool) -> bool:
-        """Whether the forward pass breaks on a removal from the named groups."""
-        skeleton, _ = self._shrunk(names)
+    def _fails(self, rules: Rules, training: bool, names: Sequence[str]) -> bool:
+        """Whether the removal from the named groups, or the forward pass on what is left, breaks."""
         try:
-            skeleton.run(training=training)
+            self._shrunk(names, rules)[0].run(training=training)
         except Exception:  # noqa: BLE001  a forward pass on wrong shapes fails in any way
             return True
         return False

@@ -230,7 +230,7 @@ class Walk(Partition):
             if varying(flow.labels) == [dim] and self.embedding:
                 self.mix(flow.labels, layer)
             else:
-                self.whole(flow.labels, dim, reason)
+                self.whole(flow.labels, dim, reason, same=True)
 
     def use(self, weight: Weight | Kernel, positions: float) -> None:
         """Each element of `weight` is multiplied at `positions` places of the whole batch."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
+from odd_blocks import ODD_BLOCKS
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,7 +19,7 @@ class Spec:
 
     Attributes:
         stem: channels of the first layer, a multiple of 4.
-        blocks: (kind, channels); kinds are the keys of `BLOCKS`, channels a multiple of 4.
+        blocks: (kind, channels); kinds are the keys of `BLOCKS` and `ODD_BLOCKS`, channels a multiple of 4.
         head: one of `HEADS`.
         seed: of the weights.
     """
@@ -258,7 +259,7 @@ def build(spec: Spec) -> nn.Module:
     x = torch.zeros(1, 3, IMAGE, IMAGE)
     width = spec.stem
     for kind, channels in spec.blocks:
-        parts.append(BLOCKS[kind](width, channels))
+        parts.append((BLOCKS | ODD_BLOCKS)[kind](width, channels))
         width = nn.Sequential(*parts).eval()(x).shape[1]
     parts.append(_head(spec.head, width))
     return randomised(nn.Sequential(*parts).double().eval())

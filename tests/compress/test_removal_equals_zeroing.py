@@ -7,7 +7,8 @@ import torch
 import torchvision
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from random_nets import Spec, build, inputs, randomised, specs
+from odd_blocks import ODD_BLOCKS
+from random_nets import BLOCKS, Spec, build, inputs, randomised, specs
 from torch import Tensor, nn
 
 from compress.graph import ChannelGraph, trace
@@ -34,10 +35,7 @@ def zeroed(model: nn.Module, graph: ChannelGraph, removals: dict[str, Tensor]) -
         group = graph.groups[name]
         parts = {(part.tensor, part.dim): part for part in group.gates}
         if group.residue is not None:
-            transposed = [isinstance(model.get_submodule(layer), nn.ConvTranspose2d) for layer in group.consumers]
-            slots = {
-                (f"{name}.weight", 0 if swap else 1) for name, swap in zip(group.consumers, transposed, strict=True)
-            }
+            slots = set(group.readers)
             parts = {(part.tensor, part.dim): part for part in group.slices if (part.tensor, part.dim) in slots}
         for (tensor, dim), part in parts.items():
             parameters[tensor].data.index_fill_(dim, part.of(channels), 0)
@@ -62,6 +60,51 @@ def test_random_nets(spec: Spec, seed: int) -> None:
     keep_slices(model, graph.remove(removals))
     assert relative_error(model(inputs()), expected) < 1e-9
     assert (sum(p.numel() for p in model.parameters()) < parameters) == any(len(gone) for gone in removals.values())
+
+
+@settings(quick, max_examples=20)
+@given(spec=specs((*BLOCKS, *ODD_BLOCKS, *ODD_BLOCKS), max_blocks=10), seed=st.integers(0, 2**16))
+def test_random_nets_of_any_block(spec: Spec, seed: int) -> None:
+    model = build(spec)
+    graph = trace(model, inputs(1))
+    assert not graph.operators_without_rule
+    removals = random_removals(graph, seed)
+    expected = zeroed(model, graph, removals)(inputs())
+    keep_slices(model, graph.remove(removals))
+    assert relative_error(model(inputs()), expected) < 1e-9
+
+
+# What a block must at least offer to prune: layers by the names that they have in it.
+OFFERS = {
+    "attention": {"qkv": 4},
+    "attention-fused": {"qkv": 4},
+    "attention-biased": {"q": 4},
+    "attention-channels": {"qkv": 4},
+    "attention-talking": {"qkv": 4},
+    "attention-rotated": {"q": 4},
+    "attention-one-head": {"theta": 8, "g": 8},
+    "attention-torch": {"inner": 4, "mlp.0": 8},
+    "group-norm": {"body.0": 4},
+    "repeated": {"inside": 8},
+    "reused": {"first": 8},
+    "mixer": {"mlp.0": 8},
+    "pixel-shuffle": {"down": 8},
+    "normed": {"first": 8, "weighted.parametrizations.weight": 8},
+}
+
+
+@pytest.mark.parametrize("kind", ODD_BLOCKS)
+def test_odd_blocks(kind: str) -> None:
+    model = build(Spec(8, ((kind, 8),), "mean", seed=0))
+    graph = trace(model, inputs(1))
+    widths = {name.removeprefix("1."): width for name, width in graph.widths.items()}
+    assert widths.items() >= OFFERS[kind].items(), (widths, graph.frozen)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    removals = {name: torch.arange(width // 2) for name, width in graph.widths.items()}
+    expected = zeroed(model, graph, removals)(inputs())
+    keep_slices(model, graph.remove(removals))
+    assert relative_error(model(inputs()), expected) < 1e-9
+    assert sum(parameter.numel() for parameter in model.parameters()) < parameters
 
 
 @quick
