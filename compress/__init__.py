@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from compress.pruner import Pruner as Pruner
     from compress.training import TrainingConfig as TrainingConfig
     from compress.training import evaluate as evaluate
-    from compress.training import fit as fit
+    from compress.training.fit import fit as fit
 
 _HOMES = {
     "Budget": "compress.budget",

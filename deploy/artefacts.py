@@ -14,6 +14,7 @@ from compress import checkpoint
 from compress.data import Data
 from compress.errors import InputError
 from compress.files import make_directory
+from compress.tasks import CLASSIFICATION, Task
 from deploy import manifest
 from deploy.export import export_onnx
 from deploy.metadata import Quantisation, write_metadata
@@ -37,6 +38,8 @@ class Samples:
     """Training images without augmentation, normalised, float32 (N, C, H, W)."""
     test: DataLoader
     """Labelled images on which a loss of accuracy is measured."""
+    task: Task = CLASSIFICATION
+    """How it is measured."""
 
 
 def artefact_name(name: str, precision: Precision, target: Target) -> str:
@@ -50,8 +53,11 @@ def targets(precision: Precision, wanted: Collection[Target]) -> tuple[Target, .
     return tuple(target for target in TARGETS[precision] if target == "any" or target in wanted)
 
 
-def calibration_samples(loaded: Data, count: int, *, seed: int = 0) -> Samples:
+def calibration_samples(loaded: Data, count: int, *, task: Task = CLASSIFICATION, seed: int = 0) -> Samples:
     """Draw `count` training images of data that were opened without augmentation, or as many as there are.
+
+    Args:
+        task: how a loss of accuracy is measured.
 
     Raises:
         InputError: the training split gives no batch, or something else than float images (N, C, H, W).
@@ -77,7 +83,7 @@ def calibration_samples(loaded: Data, count: int, *, seed: int = 0) -> Samples:
             f"The calibration data {loaded.name} give no batch of training images: choose a smaller batch size or "
             "other data."
         )
-    return Samples(loaded.name, np.concatenate(batches)[:count], loaded.test)
+    return Samples(loaded.name, np.concatenate(batches)[:count], loaded.test, task)
 
 
 def export_checkpoint(
@@ -88,6 +94,7 @@ def export_checkpoint(
     settings: ExportSettings | None = None,
     wanted: Collection[Target] = ("cpu", "gpu"),
     samples: Samples | None = None,
+    part: str | None = None,
     trust: Collection[str] = (),
 ) -> list[manifest.Entry]:
     """Write the network of the checkpoint `directory` in every precision asked for, and enter the files.
@@ -99,6 +106,7 @@ def export_checkpoint(
         wanted: targets of quantised files.
         samples: needed for int8 and fp8; with them fp16 and bf16 also keep layers in fp32 whose activations turn out
             too large.
+        part: submodule that is exported alone, see `deploy.export.export_onnx`.
         trust: modules that may be imported to build the network, see `compress.checkpoint.load`.
 
     Returns:
@@ -144,6 +152,7 @@ def export_checkpoint(
             std=architecture.std,
             resize=architecture.resize,
             checkpoint_digest=architecture.sha256,
+            part=part,
         )
         files = []
         for precision in settings.precision:
@@ -205,6 +214,7 @@ def _quantise(
             target=target,
             ranges=ranges,
             loader=samples.test,
+            task=samples.task,
             max_drop=settings.max_drop,
             exclude=settings.exclude,
         ).excluded

@@ -135,13 +135,18 @@ def _best(
     timed = [(entry, variant) for entry, variant in timings if variant is not None]
     if timed:
         entry, variant = max(timed, key=lambda pair: images_per_second(pair[1]))
-        accuracy = f", with a top-1 of {variant.accuracy.top1_percent.value:.2f} %" if variant.accuracy else ""
+        accuracy = _accuracy(variant)
         return entry, variant, f"of the pruned network's {what} that were timed, it is the fastest{accuracy}"
     if engines:
         last = max(engines, key=lambda entry: entry.created)
         return last, None, "of the pruned network's engines, none of them timed, it was built last"
     widest = min(entries, key=lambda entry: PRECISIONS.index(entry.precision))
     return widest, None, f"of the pruned network's {what}, none of them timed, it is closest to the checkpoint"
+
+
+def _accuracy(variant: VariantResult) -> str:
+    found = variant.accuracy
+    return f", with a {found.metric} of {found.top1_percent.value:.2f} %" if found else ""
 
 
 def _suits(entry: manifest.Entry, device: Device | None) -> bool:

@@ -27,7 +27,8 @@ app = typer.Typer(
 )
 
 DataSource = Annotated[
-    str, typer.Option(help="digits, glyphs, cifar10:/path, imagefolder:/path, package.module:function.")
+    str,
+    typer.Option(help="digits, glyphs, cifar10:/path, imagefolder:/path, segmentation:/path, package.module:function."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON to stdout instead of tables.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Log everything, and show the traceback of an error.")]

@@ -22,7 +22,8 @@ def export(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Images for int8 and fp8: digits, glyphs, cifar10:/path, imagefolder:/path, package.module:function.",
+            help="Images for int8 and fp8: digits, glyphs, cifar10:/path, imagefolder:/path, segmentation:/path, "
+            "package.module:function.",
             metavar="DATA",
         ),
     ] = None,
@@ -41,6 +42,13 @@ def export(
             "floating point until it is met.",
         ),
     ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            help="Submodule that is exported alone, with all its outputs, such as a detector's backbone.",
+            metavar="NAME",
+        ),
+    ] = None,
     fp32_io: Annotated[bool, typer.Option("--fp32-io", help="fp16 and bf16 files take and give fp32.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder to write.  \\[default: artifacts beside the checkpoint]", metavar="DIR")
@@ -54,6 +62,7 @@ def export(
         from benchmarks.harness import numerals
         from compress import data
         from compress.checkpoint import Architecture
+        from compress.tasks import task_named
         from deploy.artefacts import calibration_samples, export_checkpoint
         from deploy.precision.settings import read_settings, read_targets
 
@@ -69,16 +78,18 @@ def export(
         if calibration is not None:
             side = Architecture.read(checkpoint).image_shape[-1]
             loaded = data.load(calibration, batch_size=64, image_size=side, augment=False, trust=trust or ())
-            drawn = calibration_samples(loaded, samples)
+            task = task_named(loaded.task, trust=trust or ())
+            drawn = calibration_samples(loaded, samples, task=task)
         place = checkpoint.resolve()
         folder = out or place.parent / "artifacts"
         entries = export_checkpoint(
             checkpoint,
             folder,
-            name=place.name,
+            name=place.name if part is None else f"{place.name}.{part}",
             settings=settings,
             wanted=read_targets(listed(target)),
             samples=drawn,
+            part=part,
             trust=trust or (),
         )
         if json:

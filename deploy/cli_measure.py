@@ -147,7 +147,8 @@ def compare(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Images for the files: digits, glyphs, cifar10:/path, imagefolder:/path, package.module:function. "
+            help="Images for the files: digits, glyphs, cifar10:/path, imagefolder:/path, segmentation:/path, "
+            "package.module:function. "
             "Needed with a checkpoint."
         ),
     ] = None,

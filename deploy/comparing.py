@@ -15,16 +15,18 @@ from torch import Tensor, nn
 from compress import checkpoint, data
 from compress.checkpoint import Architecture
 from compress.errors import InputError, WorkError
+from compress.tasks import task_named
 from deploy.divergence import first_divergence
 from deploy.engine import SUFFIX as PLAN
 from deploy.export import export_onnx
 from deploy.metadata import decode
 from deploy.onnx_file import SUFFIX as ONNX
 from deploy.onnx_file import read_onnx
-from deploy.parity import TOLERANCES, check_parity, evaluate_runtime
+from deploy.parity import check_parity, evaluate_runtime
 from deploy.precision import Precision
 from deploy.runtimes import open_runtime
 from deploy.stages import sample_images
+from deploy.tolerance import TOLERANCES
 from deploy.trust import trusted_plan
 
 DIVERGED: Final[dict[Precision, float]] = {"fp32": 1e-4, "fp16": 0.01, "bf16": 0.1, "int8": 0.2, "fp8": 0.2}
@@ -74,6 +76,7 @@ def compare(
             "of that shape, from package.module:function if it is not square."
         )
     model = checkpoint.load(directory, trust=trust)
+    task = task_named(loaded.task, trust=trust)
     images = sample_images(loaded, at_least=max(batch_sizes), at_most=samples)
     found = []
     for path in artefacts:
@@ -87,7 +90,7 @@ def compare(
             for_verification=True,
         ) as opened:
             parity = check_parity(model, opened, images, batch_sizes=batch_sizes)
-            accuracy = evaluate_runtime(opened, loaded.test, description=f"{path.name}: accuracy")
+            accuracy = evaluate_runtime(opened, loaded.test, task=task, description=f"{path.name}: accuracy")
             description = opened.description()
         problem = None
         try:
@@ -103,7 +106,7 @@ def compare(
                 "file": str(path),
                 "precision": precision,
                 **{name: value if math.isfinite(value) else None for name, value in figures.items()},
-                "tolerance": asdict(tolerance),
+                "tolerance": asdict(parity.applied(tolerance)),
                 "accuracy": asdict(accuracy),
                 "problem": problem,
                 "first_layer": layer,
@@ -131,7 +134,8 @@ def tables(found: dict[str, Any]) -> list[RenderableType]:
         box=box.SIMPLE_HEAD,
     )
     table.add_column("file", overflow="fold")
-    for header in ("largest error", "signal / noise", "same top class", "top-1", "within tolerance"):
+    metric = next((item["accuracy"]["metric"] for item in found["files"]), "top-1")
+    for header in ("largest error", "signal / noise", "same top class", metric, "within tolerance"):
         table.add_column(header, justify="right")
     sentences: list[RenderableType] = []
     for item in found["files"]:

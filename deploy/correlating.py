@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.utils import _pytree as pytree
 
 from benchmarks.harness.environment import environment
 from compress import checkpoint, data
@@ -21,10 +21,12 @@ from compress.graph import ChannelGraph, trace
 from compress.importance import Minibatch, criteria
 from compress.importance.comparison import Scores, build_all, score
 from compress.importance.oracle import Reduction, changes_of_loss, reduce
+from compress.tasks import Classification, Task, task_named
 from compress.training import check_fit
-from compress.training.placement import opened_accelerator, placed
+from compress.training.placement import moved, opened_accelerator, placed
 from deploy.agreement import compare, residual
 from deploy.correlation_views import scatter
+from deploy.preflight import OF_IMAGES
 
 logger = logging.getLogger(__name__)
 
@@ -77,14 +79,16 @@ def correlate(
     model.requires_grad_(True)  # nothing is trained here, and the factory may have frozen layers
     size = image_size or architecture.image_shape[-1]
     loaded = data.load(source, batch_size=batch_size, image_size=size, augment=False, trust=trust)
-    _check_fit(directory, model, loaded)
+    task = task_named(loaded.task, trust=trust)
+    _check_fit(directory, model, loaded, task)
     out = out or directory.resolve().parent / "correlation"
     with opened_accelerator() as accelerator, placed(model, accelerator.device):
-        minibatches, images_sha256 = _minibatches(loaded, batches, seed, accelerator.device)
+        minibatches, images_sha256 = _minibatches(loaded, task, batches, seed, accelerator.device)
         graph = trace(model, minibatches[0].inputs[0][:2])
         if not graph.groups:
             raise InputError(f"Nothing in {directory} can be pruned, so there is nothing to score.")
-        chosen = sorted(set(criteria()) - DEARER_THAN_THE_ORACLE) if names is None else list(dict.fromkeys(names))
+        left = DEARER_THAN_THE_ORACLE if isinstance(task, Classification) else DEARER_THAN_THE_ORACLE | OF_IMAGES
+        chosen = sorted(set(criteria()) - left) if names is None else list(dict.fromkeys(names))
         built, skipped = build_all(chosen, model, graph, skip_unscorable=names is None)
         make_directory(out)  # now, and not after the hours that the oracle may take
         for reason in skipped.values():
@@ -122,10 +126,10 @@ def correlate(
     return {**found, "directory": str(out)}
 
 
-def _check_fit(directory: Path, model: nn.Module, loaded: data.Data) -> None:
+def _check_fit(directory: Path, model: nn.Module, loaded: data.Data, task: Task) -> None:
     """Hold the data against the network; what the check advises for a recipe is said of this command's options."""
     try:
-        check_fit(model, loaded.train, classes=loaded.classes)
+        check_fit(model, loaded.train, classes=loaded.classes, task=task)
     except InputError as error:
         fact, about_model, _ = str(error).partition(": set model.kwargs")
         if about_model:
@@ -139,7 +143,9 @@ _OPTIONS: Final = {"data.source": "--data", "data.image_size": "--image-size", "
 """The key of a recipe -> what it is called here."""
 
 
-def _minibatches(loaded: data.Data, count: int, seed: int, device: torch.device) -> tuple[list[Minibatch], str]:
+def _minibatches(
+    loaded: data.Data, task: Task, count: int, seed: int, device: torch.device
+) -> tuple[list[Minibatch], str]:
     """The first `count` minibatches of as many passes over the training split as that takes; SHA-256 of what they hold.
 
     By that hash a later call knows that it measures the same images, whatever the source is called.
@@ -153,10 +159,12 @@ def _minibatches(loaded: data.Data, count: int, seed: int, device: torch.device)
             for images, labels in loaded.train:
                 if len(images) < 2:
                     continue
-                for tensor in (images, labels):
+                for tensor in pytree.tree_leaves((images, labels)):
                     digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
                     digest.update(tensor.cpu().contiguous().numpy().tobytes())
-                found.append(Minibatch((images.to(device),), partial(cross_entropy, target=labels.to(device))))
+                targets = moved(labels, device)
+                inputs = task.inputs(moved(images, device), targets)
+                found.append(Minibatch(inputs, partial(task.loss, targets=targets)))
                 if len(found) == count:
                     break
             if len(found) == before:

@@ -10,9 +10,10 @@ from deploy import manifest
 from deploy.artefacts import Samples, calibration_samples, export_checkpoint
 from deploy.engine import build_engine
 from deploy.engine_settings import BatchRange
-from deploy.parity import TOLERANCES, Tolerance, check_parity, evaluate_runtime
+from deploy.parity import check_parity, evaluate_runtime
 from deploy.precision import Precision
 from deploy.stages import TRUST_ALL, VARIANTS, Run, sample_images
+from deploy.tolerance import TOLERANCES, Tolerance
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,8 @@ def parity(run: Run) -> dict[str, Any]:
                 found.require(tolerance)
             except WorkError as error:
                 raise WorkError(f"{deployed.file}: {error}") from error
-            accuracy = evaluate_runtime(runtime, run.data.test, description=f"{deployed.file.name}: accuracy")
+            description = f"{deployed.file.name}: accuracy"
+            accuracy = evaluate_runtime(runtime, run.data.test, task=run.task, description=description)
             outcome[deployed.label] = {
                 "batches": [asdict(batch) for batch in found.batches],
                 "max_relative_error": found.max_relative_error,
@@ -76,7 +78,7 @@ def parity(run: Run) -> dict[str, Any]:
                 "rms_relative_error": found.rms_relative_error,
                 "top1_agreement": found.top1_agreement,
                 "largest_flip": found.largest_flip,
-                "tolerance": asdict(tolerance),
+                "tolerance": asdict(found.applied(tolerance)),
                 "accuracy": asdict(accuracy),
             }
         logger.info(
@@ -106,4 +108,4 @@ def _calibration(run: Run) -> Samples:
         augment=False,
         trust=TRUST_ALL,
     )
-    return calibration_samples(plain, run.recipe.export.samples, seed=run.recipe.seed)
+    return calibration_samples(plain, run.recipe.export.samples, task=run.task, seed=run.recipe.seed)

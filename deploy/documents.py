@@ -24,7 +24,7 @@ from compress.errors import WorkError
 from compress.files import write_text
 from deploy.manifest import tool_versions
 from deploy.run_directory import RunDirectory
-from deploy.stages import TRAININGS, VARIANTS, Deployed, Run, seeds
+from deploy.stages import TRAININGS, VARIANTS, Deployed, Run, percent_key, seeds
 
 Outcomes = Mapping[str, Mapping[str, Any]]
 NEEDED = (*TRAININGS, "export", "engine", "parity", "measure")
@@ -107,10 +107,12 @@ def _variant(run: Run, deployed: Deployed, outcomes: Outcomes) -> VariantResult:
             top5_percent=accuracy["top5"] if len(run.data.classes) > 5 else None,
             loss=accuracy["loss"],
             samples=accuracy["samples"],
+            metric=accuracy["metric"],
+            others_percent=accuracy["others"],
         ),
         parity={
             "reference": "the checkpoint in PyTorch",
-            "reference_top1_percent": in_pytorch["top1"],
+            f"reference_{percent_key(in_pytorch['metric'])}": in_pytorch["top1"],
             "reference_loss": in_pytorch["loss"],
             "max_relative_error": checked["max_relative_error"],
             "mean_relative_error": checked["mean_relative_error"],

@@ -1,5 +1,6 @@
 """Write a model as a checked ONNX file with dynamic batch that carries what a server must know about it."""
 
+import difflib
 import io
 import logging
 import warnings
@@ -8,7 +9,9 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from compress.errors import InputError, WorkError, first_line
 from compress.files import make_directory
@@ -35,8 +38,12 @@ def export_onnx(
     std: Sequence[float] = (),
     resize: int | None = None,
     checkpoint_digest: str = "",
+    part: str | None = None,
 ) -> Path:
     """Export `model` in eval mode: input "images" float32 (batch, C, H, W), output "logits" (batch, classes).
+
+    Of a network that returns a dictionary, "logits" is its tensor "out", and what computes the others is left away; one
+    that classifies pixels gives (batch, classes, H, W).
 
     PyTorch's optimiser runs on the graph and folds every batch normalisation into the convolution before it.
     The file is checked with full shape inference before it takes its name: a kill leaves the old file or the
@@ -48,13 +55,16 @@ def export_onnx(
         mean, std: the normalisation of the images, per channel.
         resize: shorter side of an image before its centre is cut out, see `Metadata`.
         checkpoint_digest: SHA-256 of the checkpoint that the model came from.
+        part: name of a submodule, such as the backbone of a detector, that takes `image_shape` and is exported alone.
+            All tensors that it returns become outputs, called PART.KEY after their place in what it returns.
 
     Returns:
         The path written.
 
     Raises:
         WorkError: the model cannot be exported, or not with a dynamic batch.
-        InputError: the folder cannot be written, or the model returns something else than one tensor.
+        InputError: the folder cannot be written, there is no such part, or the model returns something else than one
+            tensor of scores.
     """
     path = Path(path)
     channels, height, width = image_shape
@@ -71,7 +81,12 @@ def export_onnx(
     )
     entries = encode(about)
     make_directory(path.parent)
-    program = _export(model, about.image_shape)
+    program = _export(model if part is None else _part(model, part), about.image_shape)
+    if part is None:
+        _keep_prediction(program, type(model).__name__)
+    else:
+        for value, place in zip(program.model.graph.outputs, _places(program), strict=True):
+            value.name = ".".join((part, *place))
     for node in program.model.graph.all_nodes():
         for key in _PRIVATE_NODE_KEYS:
             node.metadata_props.pop(key, None)
@@ -98,18 +113,64 @@ def _export(model: nn.Module, image_shape: tuple[int, ...]) -> torch.onnx.ONNXPr
                 dynamic_shapes=({0: torch.export.Dim(BATCH, min=1)},),
             )
     except torch.onnx.OnnxExporterError as error:
+        if _detects(model, example):
+            raise InputError(
+                f"{name} cannot be exported to ONNX: it returns a list of what it detects, whose length depends on the "
+                f"image, and torch {torch.__version__} captures no such network; export its backbone alone, with "
+                "--part backbone."
+            ) from error
         raise WorkError(
             f"{name} cannot be exported to ONNX: {_cause(error)}; change the model's forward so that "
             "torch.export captures it."
         ) from error
     assert program is not None  # a TorchScript export would return None
-    outputs = program.model.graph.outputs
-    if len(outputs) != 1:
+    return program
+
+
+def _part(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        near = difflib.get_close_matches(name, [known for known, _ in model.named_modules() if known], n=1)
+        hint = f": did you mean {near[0]!r}?" if near else "."
+        raise InputError(f"{type(model).__name__} has no part {name!r}{hint}") from error
+
+
+def _places(program: torch.onnx.ONNXProgram) -> list[tuple[str, ...]]:
+    """Of each output where it stands in what the module returns, as keys and numbers from the outside in."""
+    exported = program.exported_program
+    assert exported is not None
+    spec = exported.call_spec.out_spec
+    assert spec is not None
+    leaves, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(range(spec.num_leaves), spec))
+    return [tuple(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path, _ in leaves]
+
+
+def _keep_prediction(program: torch.onnx.ONNXProgram, name: str) -> None:
+    """Leave the scores as the only output (`compress.tasks.prediction`), and drop what none but the others need."""
+    graph = program.model.graph
+    outputs = list(graph.outputs)
+    if len(outputs) == 1:
+        return
+    chosen = [value for value, place in zip(outputs, _places(program), strict=True) if place == ("out",)]
+    if not chosen:
         raise InputError(
             f"{name} returns {len(outputs)} tensors, but one tensor of logits is exported; "
             "wrap it in a module that returns the logits alone."
         )
-    return program
+    graph.outputs[:] = chosen
+    RemoveUnusedNodesPass()(program.model)
+    chosen[0].name = OUTPUT_NAME
+
+
+def _detects(model: nn.Module, images: torch.Tensor) -> bool:
+    """Whether the model returns for each image a dictionary of its own, as torchvision's detectors do."""
+    try:
+        with evaluating(model), torch.no_grad():
+            outputs = model(list(images))
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError):  # it takes no list
+        return False
+    return isinstance(outputs, list) and all(isinstance(found, Mapping) for found in outputs)
 
 
 @contextmanager

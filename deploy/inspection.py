@@ -145,6 +145,12 @@ def _run(path: Path) -> dict[str, Any]:
     }
 
 
+def _accuracy(found: Mapping[str, Any]) -> str:
+    """A checkpoint that does not say what the figure is has top-1."""
+    others = "".join(f", {name} {value:.2f} %" for name, value in found.get("others", {}).items())
+    return f"{found.get('metric', 'top-1')} {found['top1']:.2f} % of {found['samples']} images{others}"
+
+
 def _checkpoint_tables(found: Mapping[str, Any]) -> list[RenderableType]:
     accuracy = found["provenance"].get("accuracy")
     facts = {
@@ -152,7 +158,7 @@ def _checkpoint_tables(found: Mapping[str, Any]) -> list[RenderableType]:
         "image": " x ".join(map(str, found["image_shape"])),
         "classes": _listed(found["classes"]),
         "mean, std": f"{found['mean']}, {found['std']}",
-        "accuracy": f"top-1 {accuracy['top1']:.2f} % of {accuracy['samples']} images" if accuracy else "not recorded",
+        "accuracy": _accuracy(accuracy) if accuracy else "not recorded",
         "numbers stored": numerals.compact(found["numbers_stored"]),
         "size": numerals.size(found["size_bytes"]),
         "provenance": json.dumps({key: value for key, value in found["provenance"].items() if key != "accuracy"}),

@@ -1,9 +1,9 @@
 """Whether an artefact computes what the PyTorch model computes, and how accurate the artefact itself is."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,74 +11,23 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from compress.errors import InputError, WorkError
-from compress.training.evaluation import Evaluation, evaluate
-from deploy.precision import Precision
+from compress.tasks import CLASSIFICATION, Evaluation, Task
+from compress.training.evaluation import evaluate
 from deploy.runtimes import Runtime
 from deploy.runtimes.pytorch import PyTorchRuntime
-
-TIE: Final = 1e-5
-"""Two classes tie when their reference logits differ by at most this share of the sample's largest |logit|:
-the order is then a matter of rounding, and either class counts as the top one."""
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """Bounds on the errors of `BatchParity`; None sets no bound."""
-
-    largest_flip: float
-    max_relative_error: float | None = None
-    sqnr_db: float | None = None
-    """At least this much."""
-
-
-def _floating_point(significand_bits: int) -> Tolerance:
-    """The errors that a thousand roundings in sequence leave.
-
-    Rounding to p bits of significand moves a value by at most u = 2^-p of itself. Errors of n roundings that are
-    independent add up like √n (Higham and Mary, SIAM J. Sci. Comput. 41, 2019, theorem 2.4), and √1024 = 32; two
-    roundings a layer, of weights and of activations, leave room for 500 layers. Errors of two logits together can flip
-    classes that are twice as far apart.
-    """
-    bound = 32 * 2.0**-significand_bits
-    return Tolerance(max_relative_error=bound, largest_flip=2 * bound)
-
-
-def _quantised(one_rounding_db: float) -> Tolerance:
-    """The noise that a hundred roundings in sequence leave, 20 dB above that of one, with 3 dB to spare.
-
-    Independent noises add up in power. Outliers that the calibration clips make the largest error meaningless, so none
-    is set. Two logits, each off by the noise, can flip classes that are twice as far apart.
-    """
-    bound = one_rounding_db - 20 - 3
-    return Tolerance(sqnr_db=bound, largest_flip=2 * 10 ** (-bound / 20))
-
-
-TOLERANCES: Final[Mapping[Precision, Tolerance]] = {
-    # A thousand times what another order of summation causes.
-    "fp32": Tolerance(max_relative_error=1e-3, largest_flip=TIE),
-    "fp16": _floating_point(11),
-    "bf16": _floating_point(8),
-    # 256 steps of Δ over twice the largest value, noise Δ²/12, a largest value ten times the root mean square:
-    # 10 log10(12 · 128² / 10²) = 33 dB.
-    "int8": _quantised(33),
-    # E4M3 has 4 bits of significand: steps of 2^-3 of the power of two below a value, noise 2^-6/12 of its square.
-    # For values even over a binade 10 log10(12 · 2^6 · 7/3) = 32.5 dB, for normally distributed ones 31.5 dB.
-    "fp8": _quantised(31.5),
-}
-"""What a sound file of each precision keeps to, and a broken one does not; derived from the number formats.
-
-They say that a file computes its network, not that it is good enough: of a quantised file that is for its own
-accuracy to say (`evaluate_runtime`), as no bound on logits tells what a loss of signal costs in classes."""
+from deploy.tolerance import TIE, TOLERANCES, Tolerance
 
 
 @dataclass(frozen=True)
 class BatchParity:
     """Reference logits a (N, classes) against the artefact's b, computed in batches of `batch_size`.
 
+    Of logits for pixels, (N, classes, H, W), every pixel counts, and its scale is the largest |a| of its whole image.
+
     max_relative_error: max|a − b| / max|a|, both over all N × classes logits; infinite if b is not finite.
     mean_relative_error: mean|a − b| / mean|a|, likewise.
     rms_relative_error: √(Σ(a − b)² / Σa²), likewise.
-    top1_agreement: percent of the samples whose top class by b is a top class by a; see `TIE`.
+    top1_agreement: percent of the samples, or pixels, whose top class by b is a top class by a; see `TIE`.
     largest_flip: how far the class that b puts first lies below the top in a, as a share of the sample's largest |a|;
         of the worst sample. 0 if all agree, at most 2, infinite if b is not finite.
     samples: N, the whole batches that the samples filled.
@@ -103,6 +52,7 @@ class Parity:
     """The figures per batch size; overall, the largest of the errors and averages weighted by samples."""
 
     batches: tuple[BatchParity, ...]
+    per_pixel: bool = False
 
     @property
     def samples(self) -> int:
@@ -133,6 +83,16 @@ class Parity:
     def top1_agreement(self) -> float:
         return sum(batch.top1_agreement * batch.samples for batch in self.batches) / self.samples
 
+    def applied(self, tolerance: Tolerance) -> Tolerance:
+        """The tolerance as these outputs are held to it.
+
+        Of millions of pixels some lie on the border of two classes, where any rounding flips them: the classes of a
+        pixel are held to what the errors of its logits allow, as those of images are in half precision.
+        """
+        if not self.per_pixel or tolerance.max_relative_error is None:
+            return tolerance
+        return replace(tolerance, largest_flip=max(tolerance.largest_flip, 2 * tolerance.max_relative_error))
+
     def require(self, tolerance: Tolerance | float = TOLERANCES["fp32"]) -> None:
         """Hold every batch size to the tolerance; a number stands for that of fp32 with this `max_relative_error`.
 
@@ -141,15 +101,17 @@ class Parity:
         """
         if not isinstance(tolerance, Tolerance):
             tolerance = replace(TOLERANCES["fp32"], max_relative_error=tolerance)
+        tolerance = self.applied(tolerance)
+        of = "the pixels of " if self.per_pixel else ""
         for batch in self.batches:
             excess = _excess(batch, tolerance)
             if excess is None:
                 continue
             raise WorkError(
                 f"The artefact does not compute what the model does: at batch {batch.batch_size} {excess} and the top "
-                f"class agrees on {batch.top1_agreement:.2f} % of {batch.samples} samples; export it again from the "
-                "same weights, find the first layer that diverges with espalier compare --first-layer, and look for an "
-                "operation that depends on the batch or on randomness."
+                f"class agrees on {batch.top1_agreement:.2f} % of {of}{batch.samples} samples; export it again from "
+                "the same weights, find the first layer that diverges with espalier compare --first-layer, and look "
+                "for an operation that depends on the batch or on randomness."
             )
 
 
@@ -180,7 +142,7 @@ def check_parity(
         )
     parameter = next(reference.parameters(), torch.empty(0))
     with PyTorchRuntime(reference, device=str(parameter.device)) as original:
-        expected = logits(original, samples, largest).astype(np.float64)
+        expected = logits(original, samples, largest)
     if not np.isfinite(expected).all():
         raise WorkError(
             "The PyTorch model's logits on the parity samples are not finite: its weights or the images hold "
@@ -188,35 +150,38 @@ def check_parity(
         )
     batches = []
     for size in batch_sizes:
-        actual = logits(runtime, samples, size, partial=False).astype(np.float64)
-        batches.append(_compare(expected[: len(actual)], actual, size))
-    return Parity(tuple(batches))
+        errors = _Errors(size)
+        for first in range(0, len(samples) - size + 1, size):  # whole batches; logits of pixels are too many to keep
+            chosen = slice(first, first + size)
+            errors.add(expected[chosen], _infer(runtime, samples[chosen]))
+        batches.append(errors.parity())
+    return Parity(tuple(batches), per_pixel=expected.ndim > 2)
 
 
-def evaluate_runtime(runtime: Runtime, loader: DataLoader, *, description: str = "evaluation") -> Evaluation:
-    """Top-1, top-5 and loss of the very artefact over `loader`, by the same code that evaluates models.
+def evaluate_runtime(
+    runtime: Runtime, loader: DataLoader, *, task: Task = CLASSIFICATION, description: str = "evaluation"
+) -> Evaluation:
+    """Accuracy and loss of the very artefact over `loader`, by the same code that evaluates models.
 
     Raises:
         InputError: the loader is empty, or its images do not fit the artefact.
         WorkError: the loss is not finite, or the runtime failed.
     """
-    return evaluate(_AsModule(runtime), loader, description=description)
+    return evaluate(_AsModule(runtime), loader, task=task, description=description)
 
 
-def logits(runtime: Runtime, samples: torch.Tensor, batch_size: int, *, partial: bool = True) -> np.ndarray:
-    """(N, C, H, W) -> (N, classes), computed in batches; without `partial`, of whole batches only.
+def logits(runtime: Runtime, samples: torch.Tensor, batch_size: int) -> np.ndarray:
+    """(N, C, H, W) -> (N, classes) or (N, classes, H, W), computed in batches.
 
     Raises:
         InputError: the artefact is no classifier, or does not take the samples.
         WorkError: the runtime failed.
     """
-    return np.concatenate(
-        [_infer(runtime, batch) for batch in samples.split(batch_size) if partial or len(batch) == batch_size]
-    )
+    return np.concatenate([_infer(runtime, batch) for batch in samples.split(batch_size)])
 
 
 class _AsModule(nn.Module):
-    """A runtime in place of a model: images (N, C, H, W) -> logits (N, classes), on the images' device."""
+    """A runtime in place of a model: images (N, C, H, W) -> logits (N, classes, …), on the images' device."""
 
     def __init__(self, runtime: Runtime) -> None:
         super().__init__()
@@ -239,25 +204,46 @@ def _infer(runtime: Runtime, images: torch.Tensor) -> np.ndarray:
     return runtime.run(batch)[runtime.outputs[0].name]
 
 
-def _compare(expected: np.ndarray, actual: np.ndarray, batch_size: int) -> BatchParity:
-    if expected.shape != actual.shape:
-        raise WorkError(
-            f"At batch {batch_size} the model gives logits of shape {expected.shape} and the artefact "
-            f"{actual.shape}: they are not of one network; export it again."
+class _Errors:
+    """The sums and largest values that make a `BatchParity`, over one batch after the other."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._samples = 0
+        self._largest = np.zeros(3)  # |a − b|, |a|, flip
+        self._sums = np.zeros(6)  # |a − b|, |a|, (a − b)², a², agreements, rows or pixels
+        self._finite = True
+
+    def add(self, expected: np.ndarray, actual: np.ndarray) -> None:
+        """Take in reference logits a and the artefact's b, both (N, classes, …)."""
+        if expected.shape != actual.shape:
+            raise WorkError(
+                f"At batch {self._batch_size} the model gives logits of shape {expected.shape} and the artefact "
+                f"{actual.shape}: they are not of one network; export it again."
+            )
+        expected, actual = expected.astype(np.float64), actual.astype(np.float64)
+        self._samples += len(expected)
+        self._finite = self._finite and bool(np.isfinite(actual).all())
+        flips = _flips(expected, actual)
+        difference, size = np.abs(expected - actual), np.abs(expected)
+        self._largest = np.maximum(self._largest, [difference.max(), size.max(), flips.max()])
+        squares = (np.square(difference).sum(), np.square(size).sum())
+        self._sums += [difference.sum(), size.sum(), *squares, (flips <= TIE).sum(), flips.size]
+
+    def parity(self) -> BatchParity:
+        """The figures of all that was taken in."""
+        error, scale, flip = map(float, self._largest)
+        errors, scales, error_squares, squares, agreed, rows = map(float, self._sums)
+        rms = _ratio(math.sqrt(error_squares), math.sqrt(squares)) if self._finite else math.inf
+        return BatchParity(
+            batch_size=self._batch_size,
+            samples=self._samples,
+            max_relative_error=_ratio(error, scale) if self._finite else math.inf,
+            mean_relative_error=_ratio(errors, scales) if self._finite else math.inf,
+            rms_relative_error=rms,
+            top1_agreement=100 * agreed / rows,
+            largest_flip=flip,
         )
-    difference = np.abs(expected - actual)
-    finite = bool(np.isfinite(actual).all())
-    return BatchParity(
-        batch_size=batch_size,
-        samples=len(expected),
-        max_relative_error=_ratio(difference.max(), np.abs(expected).max()) if finite else np.inf,
-        mean_relative_error=_ratio(difference.mean(), np.abs(expected).mean()) if finite else np.inf,
-        rms_relative_error=_ratio(float(np.linalg.norm(difference)), float(np.linalg.norm(expected)))
-        if finite
-        else np.inf,
-        top1_agreement=top1_agreement(expected, actual),
-        largest_flip=float(_flips(expected, actual).max()),
-    )
 
 
 def _excess(batch: BatchParity, tolerance: Tolerance) -> str | None:
@@ -281,20 +267,15 @@ def _decibels(relative_error: float) -> float:
     return math.inf if relative_error == 0 else -20 * math.log10(relative_error)
 
 
-def top1_agreement(expected: np.ndarray, actual: np.ndarray) -> float:
-    """Percent of the rows whose largest element in `actual` is a largest one in `expected`, up to a `TIE`.
+def _flips(expected: np.ndarray, actual: np.ndarray) -> np.ndarray:
+    """`BatchParity.largest_flip` of each row, or pixel: (N, classes, …) twice -> (N, …).
 
     A row of `actual` with NaN or infinity agrees with nothing.
     """
-    return float(100 * (_flips(expected, actual) <= TIE).mean())
-
-
-def _flips(expected: np.ndarray, actual: np.ndarray) -> np.ndarray:
-    """`BatchParity.largest_flip` of each row: (N, classes) twice -> (N,)."""
     chosen = np.take_along_axis(expected, actual.argmax(axis=1, keepdims=True), axis=1)[:, 0]
     lost = expected.max(axis=1) - chosen
-    scale = np.abs(expected).max(axis=1)
-    flips = np.divide(lost, scale, out=np.zeros_like(lost), where=scale > 0)
+    scale = np.abs(expected).max(axis=tuple(range(1, expected.ndim)), keepdims=True)[:, 0]
+    flips = np.divide(lost, scale, out=np.zeros_like(lost), where=np.broadcast_to(scale > 0, lost.shape))
     return np.where(np.isfinite(actual).all(axis=1), flips, np.inf)
 
 

@@ -33,19 +33,31 @@ class Prediction:
     names: tuple[str, ...]
     """Of all classes, in the order of the outputs; "0", "1", … where the artefact knows none."""
     probabilities: np.ndarray
-    """float32 (N, classes), each row adds up to 1."""
+    """float32 (N, classes), or (N, classes, H, W) of a network that classifies pixels; the classes add up to 1."""
+
+    @property
+    def indices(self) -> np.ndarray:
+        """Index of the most probable class of each image (N,), or of each pixel (N, H, W) at the network's size."""
+        found: np.ndarray = self.probabilities.argmax(axis=1)
+        return found
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Name of the most probable class of each image."""
-        return tuple(self.names[index] for index in self.probabilities.argmax(axis=1))
+        """Name of the most probable class of each image.
+
+        Raises:
+            InputError: the network classifies pixels.
+        """
+        self._require_images()
+        return tuple(self.names[index] for index in self.indices)
 
     def top(self, k: int) -> list[list[tuple[str, float]]]:
         """The `k` most probable classes of each image with their probabilities, the most probable first.
 
         Raises:
-            InputError: there are not so many classes.
+            InputError: there are not so many classes, or the network classifies pixels.
         """
+        self._require_images()
         if not 1 <= k <= len(self.names):
             raise InputError(f"The top {k} of {len(self.names)} classes were asked for: give 1 to {len(self.names)}.")
         order = np.argsort(-self.probabilities, axis=1, kind="stable")[:, :k]
@@ -53,6 +65,13 @@ class Prediction:
             [(self.names[index], float(row[index])) for index in best]
             for row, best in zip(self.probabilities, order, strict=True)
         ]
+
+    def _require_images(self) -> None:
+        if self.probabilities.ndim > 2:
+            raise InputError(
+                "The network classifies pixels, not whole images: read `indices`, the class of each pixel, or "
+                "`probabilities`."
+            )
 
 
 class Predictor:

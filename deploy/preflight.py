@@ -5,13 +5,15 @@ import inspect
 import logging
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 
 from compress import data, models
 from compress.errors import InputError, MissingExtraError
+from compress.importance import criterion
 from compress.models import networks
+from compress.tasks import Classification
 from compress.training import TrainingConfig, check_fit
 from compress.training.placement import opened_accelerator
 from compress.training.preflight import check_precision
@@ -23,6 +25,9 @@ from deploy.recipe import Recipe
 from deploy.stages import TRUST_ALL, Run, build_model, build_pruner, sample_images
 
 logger = logging.getLogger(__name__)
+
+OF_IMAGES: Final = frozenset({"taylor-logits"})
+"""Criteria that need one row of logits for each image."""
 
 
 def require_libraries(recipe: Recipe) -> None:
@@ -83,14 +88,24 @@ def check(run: Run) -> None:
     _check_trusted_weights(recipe, run.data)
     needed = max(recipe.parity.samples, *recipe.measure.batch_sizes)
     sample_images(run.data, at_least=needed, at_most=needed)
+    _check_criterion(run)
     model = build_model(recipe)
     for loader in (run.data.train, run.data.test):
-        check_fit(model, loader, classes=run.data.classes)
+        check_fit(model, loader, classes=run.data.classes, task=run.task)
     _check_excluded(model, run)
     pruner = build_pruner(model, run)
     check_precision(recipe.prune.training.precision, pruner.needs)
     groups, frozen = pruner.graph.groups, pruner.graph.frozen
     logger.info("%d channel groups can be pruned, %d sets of layers stay as they are", len(groups), len(frozen))
+
+
+def _check_criterion(run: Run) -> None:
+    name = criterion(run.recipe.prune.importance)[0].name
+    if name in OF_IMAGES and not isinstance(run.task, Classification):
+        raise InputError(
+            f"prune.importance is {name}, which expands the logits (images, classes) of a classifier, but the task is "
+            f"{run.recipe.task or run.data.task}: choose another, such as taylor or hessian."
+        )
 
 
 def _check_excluded(model: nn.Module, run: Run) -> None:

@@ -46,12 +46,13 @@ class DataSection(Section):
     """The labelled images."""
 
     source: str = Field(
-        description="digits, glyphs, cifar10:/path, cifar100:/path, imagefolder:/path or package.module:function",
+        description="digits, glyphs, cifar10:/path, cifar100:/path, imagefolder:/path, segmentation:/path or "
+        "package.module:function",
         min_length=1,
     )
     batch_size: int = Field(64, ge=1, description="images per minibatch of training")
     image_size: int | None = Field(None, ge=1, description="side in pixels; null takes the source's own")
-    workers: int = Field(0, ge=0, description="processes that decode images, for imagefolder")
+    workers: int = Field(0, ge=0, description="processes that decode images, for imagefolder and segmentation")
     augment: bool = Field(True, description="whether training images are changed at random")
 
 
@@ -111,8 +112,15 @@ class PruneSection(Section):
     events: int = Field(10, ge=1, description="pruning events until the budget is reached")
     interval: int = Field(10, ge=1, description="minibatches before each event")
     round_to: int = Field(8, ge=1, description="widths become multiples of this")
-    min_channels: int = Field(8, ge=1, description="no group becomes narrower")
-    ignore: tuple[str, ...] = Field((), description="modules whose channels stay")
+    min_channels: int = Field(8, ge=1, description="no layer becomes narrower")
+    ignore: tuple[str, ...] = Field((), description="modules whose output channels stay")
+    protect: tuple[str, ...] = Field((), description="modules none of whose tensors is cut")
+    tie: tuple[tuple[str, str], ...] = Field((), description="pairs of layers whose output channels go together")
+    attention: Literal["heads", "widths", "keep"] = Field(
+        "heads", description="of attention go whole heads, the width of all heads of a layer, or nothing"
+    )
+    embedding: bool = Field(False, description="whether channels may go that a normalisation mixes with others")
+    part: str | None = Field(None, description="submodule that alone is pruned; it takes the images; null: all")
     graph: Literal["export", "torch-pruning"] = Field("export", description="what finds the channel groups")
     momentum: float = Field(0.9, ge=0, lt=1, description="of the average of scores over events")
     training: PruningTraining = Field(default_factory=PruningTraining, description="between the events")
@@ -180,6 +188,11 @@ class Recipe(Section):
     seed: int = Field(0, ge=0, le=2**31, description="of weights, order of images, augmentation and measuring")
     model: ModelSection = Field(description="the dense network")
     data: DataSection = Field(description="the labelled images")
+    task: str | None = Field(
+        None,
+        min_length=1,
+        description="classification, segmentation or package.module:object; null: what the data source says",
+    )
     baseline: BaselineTraining | None = Field(
         None, description="training of the dense network; null trusts its weights"
     )

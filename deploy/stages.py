@@ -21,6 +21,7 @@ from compress.data import Data
 from compress.errors import InputError
 from compress.files import write_json
 from compress.pruner import Pruner
+from compress.tasks import Task, task_named
 from compress.training import History, TrainingConfig, evaluate, fit
 from deploy.artefacts import artefact_name, targets
 from deploy.precision import Precision
@@ -60,6 +61,11 @@ class Run:
     data: Data
     directory: RunDirectory
     serving: Serving
+
+    @property
+    def task(self) -> Task:
+        """What the network is trained for."""
+        return task_named(self.recipe.task or self.data.task, trust=TRUST_ALL)
 
     @property
     def deployed(self) -> list[Deployed]:
@@ -115,6 +121,11 @@ def build_pruner(model: nn.Module, run: Run) -> Pruner:
         round_to=settings.round_to,
         min_channels=settings.min_channels,
         ignore=settings.ignore,
+        protect=settings.protect,
+        tie=settings.tie,
+        attention=settings.attention,
+        embedding=settings.embedding,
+        part=settings.part,
         graph=settings.graph,
         momentum=settings.momentum,
     )
@@ -124,11 +135,17 @@ def sample_images(data: Data, *, at_least: int, at_most: int) -> Tensor:
     """Images of the test split in its order, (N, C, H, W) with at_least <= N <= at_most.
 
     Raises:
-        InputError: the split is smaller.
+        InputError: the split is smaller, or gives something else than tensors.
     """
     batches: list[Tensor] = []
     found = 0
     for images, _ in data.test:
+        if not isinstance(images, Tensor):
+            raise InputError(
+                f"The loaders of {data.name} give a {type(images).__name__} of images, but an exported file takes a "
+                "tensor (N, C, H, W): train and prune such a network from Python, and export its backbone, as "
+                "docs/tasks.md shows."
+            )
         batches.append(images)
         found += len(images)
         if found >= at_most:
@@ -203,14 +220,16 @@ def _train(run: Run, stage: str, model: nn.Module, config: TrainingConfig, prune
         pruner=pruner,
         teacher=run.load("dense") if config.distillation else None,
         test_loader=run.data.test,
+        task=run.task,
         state_path=run.directory.training_state(stage),
         description=stage,
     )
 
 
-def _evaluate_and_save(run: Run, variant: Variant, model: nn.Module) -> dict[str, float]:
-    evaluation = evaluate(model, run.data.test, description=f"{variant}: accuracy")
-    logger.info("%s network: top-1 %.2f %% of %d test images", variant, evaluation.top1, evaluation.samples)
+def _evaluate_and_save(run: Run, variant: Variant, model: nn.Module) -> dict[str, Any]:
+    evaluation = evaluate(model, run.data.test, task=run.task, description=f"{variant}: accuracy")
+    metric, top1, samples = evaluation.metric, evaluation.top1, evaluation.samples
+    logger.info("%s network: %s %.2f %% of %d test images", variant, metric, top1, samples)
     _save(run, run.checkpoint(variant), model, {"accuracy": asdict(evaluation)})
     return asdict(evaluation)
 
@@ -231,6 +250,11 @@ def _save(run: Run, directory: Path, model: nn.Module, provenance: Mapping[str, 
     )
 
 
+def percent_key(metric: str) -> str:
+    """top-1 -> top1_percent, mean IoU -> mean_iou_percent."""
+    return f"{metric.lower().replace('-', '').replace(' ', '_')}_percent"
+
+
 def _epochs(history: History) -> list[dict[str, float | None]]:
     """One record per epoch; units in the keys."""
     return [
@@ -240,7 +264,8 @@ def _epochs(history: History) -> list[dict[str, float | None]]:
             "loss": epoch.train_loss,
             "learning_rate": epoch.learning_rate,
             "seconds": epoch.seconds,
-            "top1_percent": epoch.test.top1 if epoch.test else None,
+            **({percent_key(epoch.test.metric): epoch.test.top1} if epoch.test else {"top1_percent": None}),
+            **{percent_key(name): value for name, value in (epoch.test.others if epoch.test else {}).items()},
             "test_loss": epoch.test.loss if epoch.test else None,
         }
         for number, epoch in enumerate(history.epochs, start=1)

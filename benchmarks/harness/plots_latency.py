@@ -48,8 +48,8 @@ class Ratio:
     macs_ratio: float | None
 
 
-def accuracy_against_latency(palette: Palette, points: Sequence[TradeOff]) -> Figure:
-    """Top-1 accuracy over median latency, each with its 95 % interval."""
+def accuracy_against_latency(palette: Palette, points: Sequence[TradeOff], name: str) -> Figure:
+    """Accuracy, called `name`, over median latency, each with its 95 % interval."""
     with styled(palette):
         figure, axes = canvas(270 + legend_px([point.name for point in points]))
         for point in points:
@@ -68,7 +68,7 @@ def accuracy_against_latency(palette: Palette, points: Sequence[TradeOff]) -> Fi
         axes.set_xlim(left=0, right=1.12 * max(point.latency_ms.high for point in points))
         low, high = axes.get_ylim()
         axes.set_ylim(low - 0.12 * (high - low), min(high + 0.12 * (high - low), 100.4))
-        label_axes(axes, "median latency per query, ms", "top-1 accuracy, %")
+        label_axes(axes, "median latency per query, ms", f"{name}, %")
         legend(figure, axes)
         return figure
 

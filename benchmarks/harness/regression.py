@@ -168,6 +168,7 @@ def _again(before: VariantResult, after: VariantResult, old: Section, new: Secti
 
 def _variant_change(before: VariantResult, after: VariantResult) -> VariantChange:
     old_top1, new_top1 = (it.accuracy.top1_percent if it.accuracy else None for it in (before, after))
+    metrics = {it.accuracy.metric for it in (before, after) if it.accuracy}
     return VariantChange(
         variant=before.name,
         runtime=before.runtime.name,
@@ -181,7 +182,8 @@ def _variant_change(before: VariantResult, after: VariantResult) -> VariantChang
         new_runtime_version=after.runtime.version,
         old_top1_percent=old_top1,
         new_top1_percent=new_top1,
-        top1_points=new_top1.value - old_top1.value if old_top1 and new_top1 else None,
+        top1_points=new_top1.value - old_top1.value if old_top1 and new_top1 and len(metrics) == 1 else None,
+        metric=" and ".join(sorted(metrics)) or "top-1",
         parameters=Count(old=before.parameters, new=after.parameters),
         macs=Count(old=before.macs, new=after.macs),
         size_bytes=Count(old=before.artefact.size_bytes, new=after.artefact.size_bytes),

@@ -101,8 +101,8 @@ class Judgement:
 
     def _less_accurate(self, change: VariantChange) -> str:
         return (
-            f"{self.names.variant(change)} lost {-(change.top1_points or 0.0):.2f} points of top-1, more than the "
-            f"{self.limits.accuracy:g} allowed."
+            f"{self.names.variant(change)} lost {-(change.top1_points or 0.0):.2f} points of {change.metric}, more "
+            f"than the {self.limits.accuracy:g} allowed."
         )
 
 

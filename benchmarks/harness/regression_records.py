@@ -67,7 +67,10 @@ class VariantChange(Record):
     new_runtime_version: str
     old_top1_percent: Estimate | None
     new_top1_percent: Estimate | None
-    top1_points: float | None = Field(description="NEW's less OLD's; None where one of them has no accuracy.")
+    top1_points: float | None = Field(
+        description="NEW's less OLD's; None where one of them has no accuracy, or they are of other metrics."
+    )
+    metric: str = Field("top-1", description="What the accuracies are, see results.Accuracy.")
     parameters: Count
     macs: Count
     size_bytes: Count

@@ -114,11 +114,13 @@ def _changed(variant: VariantChange) -> Iterator[str]:
     if before and after and variant.top1_points is not None:
         images = f"{before.samples:,}" + (f" → {after.samples:,}" if after.samples != before.samples else "")
         yield (
-            f"top-1 {before.value:.2f} {numerals.percent_interval(before)} → {after.value:.2f} "
+            f"{variant.metric} {before.value:.2f} {numerals.percent_interval(before)} → {after.value:.2f} "
             f"{numerals.percent_interval(after)} % ({variant.top1_points:+.2f} points, {images} images)"
         )
+    elif before and after:
+        yield f"accuracies of other metrics ({variant.metric})"
     elif before or after:
-        yield f"top-1 only in {'OLD' if before else 'NEW'}"
+        yield f"{variant.metric} only in {'OLD' if before else 'NEW'}"
     for name, count in (("MACs", variant.macs), ("parameters", variant.parameters)):
         if count.old is not None or count.new is not None:
             yield f"{name} {_counts(count, numerals.compact)}"

@@ -8,7 +8,16 @@ from benchmarks.harness.plots import Drawing
 from benchmarks.harness.ratios import spread_of
 from benchmarks.harness.report_explanations import explanation_drawings
 from benchmarks.harness.report_layers import layer_drawings
-from benchmarks.harness.report_names import QUANTITY_NAMES, names_of, series_of, slug, slugs_of, spreads
+from benchmarks.harness.report_names import (
+    QUANTITY_NAMES,
+    accuracy_name,
+    metric_of,
+    names_of,
+    series_of,
+    slug,
+    slugs_of,
+    spreads,
+)
 from benchmarks.harness.report_words import compared
 from benchmarks.harness.results import Pruning, Results
 
@@ -82,6 +91,7 @@ def _ratios(results: Results) -> list[plots_latency.Ratio]:
 def _trade_offs(results: Results) -> list[Drawing]:
     """One for each device and batch size: no others compare."""
     names, series = names_of(results), series_of(results)
+    metric = accuracy_name(metric_of(results))
     panels: dict[tuple[str, int], list[plots_latency.TradeOff]] = {}
     for variant in results.variants:
         if variant.accuracy is None:
@@ -98,8 +108,8 @@ def _trade_offs(results: Results) -> list[Drawing]:
             section="Accuracy against latency",
             title=f"Batch {size}",
             subtitle=device if several else _where(results),
-            description=f"Top-1 accuracy against median latency at batch {size}",
-            draw=partial(plots_latency.accuracy_against_latency, points=points),
+            description=f"{metric[:1].upper()}{metric[1:]} against median latency at batch {size}",
+            draw=partial(plots_latency.accuracy_against_latency, points=points, name=metric),
         )
         for (device, size), points in panels.items()
     ]

@@ -54,6 +54,23 @@ def baseline_name(results: Results) -> str:
     return next(named, results.variants[0].name)
 
 
+def metric_of(results: Results) -> str:
+    """What the accuracies are: top-1, pixel accuracy, or simply accuracy where they are not all the same."""
+    metrics = {variant.accuracy.metric for variant in results.variants if variant.accuracy} or {"top-1"}
+    return metrics.pop() if len(metrics) == 1 else "accuracy"
+
+
+def accuracy_name(metric: str) -> str:
+    """The metric as the words of a sentence: top-1 accuracy, pixel accuracy."""
+    return f"{metric} accuracy" if metric == "top-1" else metric
+
+
+def further_metrics(results: Results) -> list[str]:
+    """Figures beside the accuracy that some variant has, such as mean IoU."""
+    found = (name for variant in results.variants if variant.accuracy for name in variant.accuracy.others_percent)
+    return list(dict.fromkeys(found))
+
+
 def series_of(results: Results) -> dict[int, int]:
     """id of a variant -> its colour and marker; the baseline has the first."""
     baseline = baseline_name(results)

@@ -6,7 +6,14 @@ from benchmarks.harness import numerals
 from benchmarks.harness.cells import BatchMeasurement
 from benchmarks.harness.report_cells import Cell, Rows, Table, estimated, named_variants, ranged, variant_cells
 from benchmarks.harness.report_method import measurements, tells_throttling
-from benchmarks.harness.report_names import baseline_name, between, samples_named
+from benchmarks.harness.report_names import (
+    accuracy_name,
+    baseline_name,
+    between,
+    further_metrics,
+    metric_of,
+    samples_named,
+)
 from benchmarks.harness.report_sections import phases_rows, roofline_rows, server_rows, stages_rows, throughput_rows
 from benchmarks.harness.report_words import compared, macs_of, times
 from benchmarks.harness.results import Results
@@ -32,6 +39,7 @@ def tables(results: Results) -> dict[str, Table | None]:
 
 def _results(results: Results) -> Rows:
     baseline, rate = baseline_name(results), f"{samples_named(results)} / s"
+    metric = accuracy_name(metric_of(results))
     for variant, name in named_variants(results):
         accuracy, macs = variant.accuracy.top1_percent if variant.accuracy else None, macs_of(variant)
         network: dict[str, Cell | None] = {
@@ -39,10 +47,13 @@ def _results(results: Results) -> Rows:
             "parameters": None if variant.parameters is None else Cell(numerals.compact(variant.parameters)),
             "MACs": None if macs is None else Cell(numerals.compact(macs)),
             "file": Cell(numerals.size(variant.artefact.size_bytes)),
-            "top-1 accuracy": None
+            metric: None
             if accuracy is None
             else Cell(numerals.percent(accuracy.value), numerals.percent_interval(accuracy)),
         }
+        for further in further_metrics(results):
+            value = variant.accuracy.others_percent.get(further) if variant.accuracy else None
+            network[further] = None if value is None else Cell(numerals.percent(value))
         for measurement in variant.measurements:
             yield network | _timed(measurement, rate, is_baseline=variant.name == baseline)
         if not variant.measurements:

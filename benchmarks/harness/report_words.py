@@ -6,7 +6,17 @@ from dataclasses import dataclass
 
 from benchmarks.harness import numerals
 from benchmarks.harness.cells import BatchMeasurement
-from benchmarks.harness.report_names import baseline_name, counted, display_names, listed, reason_of, sentence
+from benchmarks.harness.report_names import (
+    accuracy_name,
+    baseline_name,
+    counted,
+    display_names,
+    further_metrics,
+    listed,
+    metric_of,
+    reason_of,
+    sentence,
+)
 from benchmarks.harness.results import Results, VariantResult
 from benchmarks.harness.statistics import Speedup
 
@@ -110,12 +120,14 @@ def tiles(results: Results, comparisons: list[Comparison]) -> list[dict[str, str
         old, new = before.accuracy.top1_percent, after.accuracy.top1_percent
         found.append(
             {
-                "name": "Top-1 accuracy",
+                "name": _capital(accuracy_name(metric_of(results))),
                 "before": f"from {numerals.percent(old.value)}",
                 "after": numerals.percent(new.value),
                 "change": f"{new.value - old.value:+.1f} points on {new.samples:,} images".replace("-", "−"),
             }
         )
+        for name in further_metrics(results):
+            found += _further_tile(name, before, after)
     measurement, _ = chosen.smallest
     found.append(_latency_tile(chosen, f"Latency, batch {measurement.batch_size}"))
     if before.server and after.server and before.server.rate_per_s and after.server.rate_per_s:
@@ -129,6 +141,25 @@ def tiles(results: Results, comparisons: list[Comparison]) -> list[dict[str, str
             }
         )
     return found
+
+
+def _further_tile(name: str, before: VariantResult, after: VariantResult) -> list[dict[str, str]]:
+    """A figure beside the accuracy, where both have it."""
+    old, new = (it.accuracy.others_percent.get(name) if it.accuracy else None for it in (before, after))
+    if old is None or new is None:
+        return []
+    return [
+        {
+            "name": _capital(name),
+            "before": f"from {numerals.percent(old)}",
+            "after": numerals.percent(new),
+            "change": f"{new - old:+.1f} points".replace("-", "−"),
+        }
+    ]
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def failures(results: Results) -> list[dict[str, str]]:

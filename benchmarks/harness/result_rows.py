@@ -87,6 +87,8 @@ def _row(variant: "VariantResult", cells: dict[str, Any]) -> dict[str, Any]:
         "parameters": variant.parameters,
         "macs": variant.macs,
         "loss": accuracy.loss if accuracy else None,
+        "metric": accuracy.metric if accuracy else None,
+        "others_percent": _named(accuracy.others_percent) if accuracy else None,
     }
     row |= _cells("top1_percent", accuracy.top1_percent if accuracy else None)
     row |= _cells("top5_percent", accuracy.top5_percent if accuracy else None)
@@ -94,6 +96,11 @@ def _row(variant: "VariantResult", cells: dict[str, Any]) -> dict[str, Any]:
         row |= _cells(name, None)
     row |= dict.fromkeys(PLAIN)
     return row | cells
+
+
+def _named(figures: dict[str, float]) -> str | None:
+    """mean IoU=41.2; cells without figures are empty."""
+    return "; ".join(f"{name}={value}" for name, value in figures.items()) or None
 
 
 def _closed_loop(variant: "VariantResult", measurement: BatchMeasurement) -> dict[str, Any]:

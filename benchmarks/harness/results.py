@@ -7,6 +7,7 @@ holds the two equal. The version changes whenever a document of the old form wou
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
@@ -50,17 +51,36 @@ class Runtime(Record):
 class Accuracy(Record):
     """Accuracy of the very artefact that is timed, on the test split."""
 
-    top1_percent: Estimate
-    top5_percent: Estimate | None = Field(description="None where there are five classes or fewer.")
+    top1_percent: Estimate = Field(description="Share of what is right among what `metric` counts.")
+    top5_percent: Estimate | None = Field(description="None where there are five classes or fewer, or no such figure.")
     loss: float | None = Field(description="Mean cross-entropy; None where the artefact gives no logits.")
+    metric: str = Field("top-1", description="What top1_percent is: top-1, pixel accuracy, or a task's own word.")
+    others_percent: dict[str, float] = Field(
+        default_factory=dict, description="Further figures of the task, such as mean IoU, without intervals."
+    )
 
     @classmethod
-    def of(cls, *, top1_percent: float, top5_percent: float | None, loss: float | None, samples: int) -> "Accuracy":
-        """From plain figures over `samples` images, adding their Wilson intervals."""
+    def of(
+        cls,
+        *,
+        top1_percent: float,
+        top5_percent: float | None,
+        loss: float | None,
+        samples: int,
+        metric: str = "top-1",
+        others_percent: Mapping[str, float] | None = None,
+    ) -> "Accuracy":
+        """From plain figures over `samples` images, adding their Wilson intervals.
+
+        Pixels of one image are not independent of each other, so that images are counted as samples there, too: no
+        share in [0, 1] varies more from image to image than one that is 0 or 1, and the interval is rather too wide.
+        """
         return cls(
             top1_percent=proportion_estimate_percent(top1_percent, samples),
             top5_percent=None if top5_percent is None else proportion_estimate_percent(top5_percent, samples),
             loss=loss,
+            metric=metric,
+            others_percent=dict(others_percent or {}),
         )
 
 

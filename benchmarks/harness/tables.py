@@ -20,6 +20,8 @@ from benchmarks.harness.report_names import (
     UNSTATED,
     baseline_name,
     display_names,
+    further_metrics,
+    metric_of,
     reason_of,
     samples_named,
     sentence,
@@ -122,9 +124,12 @@ def _main_table(results: Results, *, narrow: bool, without: Sequence[str] = (), 
     }
     known |= dict.fromkeys(without, False)
     _add_variants(table, names, max_width=name_width)
+    further = further_metrics(results) if known["top-1"] else []
     for header in ("params", "MACs", "top-1"):
         if known[header]:
-            table.add_column(header, justify="right", no_wrap=True)
+            table.add_column(metric_of(results) if header == "top-1" else header, justify="right", no_wrap=True)
+    for header in further:
+        table.add_column(header, justify="right", no_wrap=True)
     for header in ("batch", "latency ms", "p99 ms", f"{samples_named(results)}/s", "speedup"):
         if known.get(header, True):
             table.add_column(header, justify="right", no_wrap=True)
@@ -144,12 +149,19 @@ def _main_table(results: Results, *, narrow: bool, without: Sequence[str] = (), 
                 first.append(f"\n{own}", style="dim")
             elif position == 1:
                 first.stylize("dim")
-            cells = [text if position == 0 else "" for header, text in network.items() if known[header]]
+            own_figures = [text for header, text in network.items() if known[header]]
+            own_figures += [_further(variant, header) for header in further]
+            cells = [text if position == 0 else "" for text in own_figures]
             last = _timed(measurement, is_baseline=variant.name == baseline, narrow=narrow) if measurement else None
             last = last or _untimed(variant)
             shown = [cell for header, cell in last.items() if known.get(header, True)]
             table.add_row(first, *cells, *shown)
     return table
+
+
+def _further(variant: VariantResult, metric: str) -> str:
+    value = variant.accuracy.others_percent.get(metric) if variant.accuracy else None
+    return "n/a" if value is None else numerals.percent(value)
 
 
 def _timed(measurement: BatchMeasurement, *, is_baseline: bool, narrow: bool) -> dict[str, str | Text]:

@@ -15,8 +15,8 @@ from compress.progress import progress_bar
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, per channel, images in [0, 1]
 STD = (0.229, 0.224, 0.225)
 
-_CHECKED_UP_FRONT = 20_000  # files; more would cost minutes before training starts
-_UNREADABLE = (
+CHECKED_UP_FRONT = 20_000  # files; more would cost minutes before training starts
+UNREADABLE = (
     OSError,
     SyntaxError,
     ValueError,
@@ -25,7 +25,7 @@ _UNREADABLE = (
 
 
 class UnreadableImageError(InputError):
-    """An image file that Pillow cannot decode; the message names it.
+    """An image file that Pillow cannot decode, or a mask that is none; the message names it.
 
     A worker process of a `DataLoader` re-raises its errors by calling the type with a whole traceback as
     text, whose last line is the sentence to keep.
@@ -80,28 +80,28 @@ def _to_tensor() -> list[Any]:
 
 def _open_split(path: Path, transform: v2.Compose) -> datasets.ImageFolder:
     try:
-        return datasets.ImageFolder(str(path), transform, loader=_decode)
+        return datasets.ImageFolder(str(path), transform, loader=decode)
     except OSError as error:  # FileNotFoundError where a class has no image, or there is no class
         raise InputError(
             f"Cannot use {path}: {str(error).rstrip('.')}; give every class a subfolder with images."
         ) from error
 
 
-def _decode(file: str) -> Image.Image:
+def decode(file: str) -> Image.Image:
     """An RGB image; the file is closed again."""
     try:
         with Image.open(file) as image:
             return image.convert("RGB")
-    except _UNREADABLE as error:
-        raise _unreadable(file, error) from error
+    except UNREADABLE as error:
+        raise unreadable(file, error) from error
 
 
 def _check_headers(files: list[Path]) -> None:
-    if len(files) > _CHECKED_UP_FRONT:
+    if len(files) > CHECKED_UP_FRONT:
         logging.getLogger(__name__).warning(
             "%d images are too many to check beforehand (limit %d): a damaged one is found only when used.",
             len(files),
-            _CHECKED_UP_FRONT,
+            CHECKED_UP_FRONT,
         )
         return
     with progress_bar("checking images", total=len(files)) as bar:
@@ -109,11 +109,11 @@ def _check_headers(files: list[Path]) -> None:
             try:
                 with Image.open(file) as image:
                     image.verify()
-            except _UNREADABLE as error:
-                raise _unreadable(str(file), error) from error
+            except UNREADABLE as error:
+                raise unreadable(str(file), error) from error
             bar.advance("")
 
 
-def _unreadable(file: str, error: Exception) -> UnreadableImageError:
+def unreadable(file: str, error: Exception) -> UnreadableImageError:
     reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error).replace("\n", " ")
     return UnreadableImageError(f"Cannot read the image {file} ({reason}): replace or delete it.")

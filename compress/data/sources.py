@@ -5,24 +5,22 @@ glyphs                    62 letters and digits, drawn from fonts: 3 channels, 3
 cifar10:/path             the official files, binary or Python version
 cifar100:/path
 imagefolder:/path         train/ and val/ with one subfolder per class
+segmentation:/path        train/ and val/ with images/ and masks/ of class indices
 package.module:function   the user's own, imported only with the user's leave
 """
 
 import difflib
-import inspect
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from compress.data import cifar, glyphs, image_folder
+from compress.data import cifar, glyphs, image_folder, segmentation
 from compress.data.in_memory import (
     Augmentation,
     RandomAffine,
@@ -32,39 +30,9 @@ from compress.data.in_memory import (
     crop_and_flip,
     drops_last,
 )
+from compress.data.opened import Data, Options
+from compress.data.user_function import open_function
 from compress.errors import InputError
-from compress.models import resolve
-
-
-@dataclass(frozen=True)
-class Data:
-    """A data set ready to train on.
-
-    The loaders give images float32 (N, C, H, W), normalised with `mean` and `std` per channel, and labels
-    int64 (N,). `mean` and `std` are empty where a user's loaders do not tell theirs. `resize` is the side in pixels
-    that the shorter side of a test image is brought to before the centre is cut out; None where the whole image is
-    brought to `image_shape`.
-    """
-
-    name: str
-    train: DataLoader
-    test: DataLoader
-    classes: tuple[str, ...]
-    image_shape: tuple[int, int, int]  # C, H, W
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-    resize: int | None = None
-
-
-@dataclass(frozen=True)
-class Options:
-    """What `load` was asked for, as a source sees it; the meaning of each field is in `load`."""
-
-    batch_size: int
-    image_size: int | None
-    workers: int
-    augment: bool
-    seed: int
 
 
 def load(
@@ -87,8 +55,8 @@ def load(
             image_size, workers, augment and seed that it declares, and returns `Data` or a pair (train
             loader, test loader).
         batch_size: images per batch; the training loader leaves out a last, shorter batch.
-        image_size: side in pixels; None takes the source's own (224 for imagefolder).
-        workers: processes that decode images, for imagefolder; sets held in memory need none.
+        image_size: side in pixels; None takes the source's own (224 for imagefolder and segmentation).
+        workers: processes that decode images, for imagefolder and segmentation; sets held in memory need none.
         augment: whether training images are changed at random.
         seed: which set `glyphs` draws. The split of `digits` is always the same.
         trust: modules that `package.module:function` may import: a top-level package, the exact module, or
@@ -112,7 +80,7 @@ def load(
         near = difflib.get_close_matches(kind, SOURCES, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(SOURCES)} or package.module:function."
         raise InputError(f"There is no data source {source!r}: {hint}")
-    return _from_function(source, options, trust)
+    return open_function(source, options, trust)
 
 
 def _digits(argument: str, options: Options) -> Data:
@@ -167,20 +135,42 @@ def _imagefolder(argument: str, options: Options) -> Data:
     side = options.image_size or 224
     path = _directory("imagefolder", argument)
     train, test = image_folder.open_folder(path, image_size=side, augment=options.augment)
-    # Workers are started anew for every epoch: kept alive, they would not follow a re-seeded global
-    # generator.
-    shared: dict[str, Any] = {"batch_size": options.batch_size, "num_workers": options.workers}
-    drop_last = drops_last(len(train), options.batch_size, train=True)
+    loaders = _loaders(train, test, options)
     return Data(
         name="imagefolder",
-        train=DataLoader(train, shuffle=True, drop_last=drop_last, **shared),
-        test=DataLoader(test, **shared),
+        train=loaders[0],
+        test=loaders[1],
         classes=tuple(train.classes),
         image_shape=(3, side, side),
         mean=image_folder.MEAN,
         std=image_folder.STD,
         resize=image_folder.resized_side(side),
     )
+
+
+def _segmentation(argument: str, options: Options) -> Data:
+    side = options.image_size or 224
+    path = _directory("segmentation", argument)
+    train, test, classes = segmentation.open_folder(path, image_size=side, augment=options.augment)
+    loaders = _loaders(train, test, options)
+    return Data(
+        name="segmentation",
+        train=loaders[0],
+        test=loaders[1],
+        classes=classes,
+        image_shape=(3, side, side),
+        mean=image_folder.MEAN,
+        std=image_folder.STD,
+        task="segmentation",
+    )
+
+
+def _loaders(train: Dataset[Any], test: Dataset[Any], options: Options) -> tuple[DataLoader, DataLoader]:
+    # Workers are started anew for every epoch: kept alive, they would not follow a re-seeded global
+    # generator.
+    shared: dict[str, Any] = {"batch_size": options.batch_size, "num_workers": options.workers}
+    drop_last = drops_last(len(train), options.batch_size, train=True)  # type: ignore[arg-type]  # both have a length
+    return DataLoader(train, shuffle=True, drop_last=drop_last, **shared), DataLoader(test, **shared)
 
 
 # A user's own source is one more entry: it takes what follows the colon, and the options.
@@ -190,6 +180,7 @@ SOURCES: dict[str, Callable[[str, Options], Data]] = {
     "cifar10": _cifar10,
     "cifar100": _cifar100,
     "imagefolder": _imagefolder,
+    "segmentation": _segmentation,
 }
 
 
@@ -217,53 +208,6 @@ def _in_memory(
         mean=mean,
         std=std,
     )
-
-
-def _from_function(source: str, options: Options, trust: Collection[str]) -> Data:
-    """Call the user's function and complete what it returns."""
-    function = resolve(source, trust=trust)
-    parameters = inspect.signature(function).parameters
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    arguments = {key: value for key, value in vars(options).items() if takes_all or key in parameters}
-    try:
-        found = function(**arguments)
-    except TypeError as error:
-        raise InputError(f"{source} could not be called ({error}): give every other parameter a default.") from error
-    if isinstance(found, Data):
-        return found
-    if not (isinstance(found, tuple) and len(found) == 2 and all(isinstance(item, DataLoader) for item in found)):
-        raise InputError(f"{source} returned {type(found).__name__}: return Data, or a pair of DataLoaders.")
-    train, test = found
-    return Data(
-        name=source,
-        train=train,
-        test=test,
-        classes=_classes(train, test, source),
-        image_shape=_image_shape(test, source),
-    )
-
-
-def _image_shape(loader: DataLoader, source: str) -> tuple[int, int, int]:
-    images, _ = _checked_batch(next(iter(loader), None), source)
-    channels, height, width = images.shape[1:]
-    return channels, height, width
-
-
-def _classes(train: DataLoader, test: DataLoader, source: str) -> tuple[str, ...]:
-    """Class names of the training set, or else numbers up to the largest label of the test set."""
-    names = getattr(train.dataset, "classes", None)
-    if names:
-        return tuple(str(name) for name in names)
-    largest = max(int(_checked_batch(batch, source)[1].max()) for batch in test)
-    return tuple(str(label) for label in range(largest + 1))
-
-
-def _checked_batch(batch: Any, source: str) -> tuple[Tensor, Tensor]:
-    if isinstance(batch, list | tuple) and len(batch) == 2:
-        images, labels = batch
-        if isinstance(images, Tensor) and images.ndim == 4 and isinstance(labels, Tensor) and labels.ndim == 1:
-            return images, labels
-    raise InputError(f"The loaders of {source} must give batches of images (N, C, H, W) and labels (N,).")
 
 
 def _directory(kind: str, argument: str) -> Path:

@@ -1,7 +1,7 @@
 """Model factories: from a name such as `torchvision:resnet50` to a network.
 
 espalier:NAME             the papers' small networks, `compress.models.networks`
-torchvision:NAME          any classification network of torchvision
+torchvision:NAME          any classification, segmentation or detection network of torchvision
 timm:NAME                 any network of timm (an extra)
 package.module:function   the user's own, imported only with the user's leave
 """
@@ -27,6 +27,10 @@ _NETWORKS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+_SEGMENTATION = frozenset(torchvision_models.list_models(module=torchvision_models.segmentation))
+_DETECTION = frozenset(torchvision_models.list_models(module=torchvision_models.detection))
+
+
 def build(factory: str, *, trust: Collection[str] = (), **kwargs: Any) -> nn.Module:
     """Build a model, in training mode, with fresh or given weights.
 
@@ -38,7 +42,8 @@ def build(factory: str, *, trust: Collection[str] = (), **kwargs: Any) -> nn.Mod
             any factory, or, for torchvision, the name of published weights ("DEFAULT", "IMAGENET1K_V2").
             Published weights of another number of classes than `num_classes` give all but the classifier,
             with a warning. googlenet and inception_v3 are built without their auxiliary classifiers unless
-            aux_logits=True, as these make the training output a tuple.
+            aux_logits=True, as these make the training output a tuple; segmentation networks unless aux_loss=True.
+            Those of segmentation and detection start from a fresh backbone unless weights_backbone names weights.
 
     Raises:
         InputError: the factory, an argument or the weights cannot be used; the sentence says which and why.
@@ -74,6 +79,8 @@ def without_weights(factory: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """
     kept = {key: value for key, value in kwargs.items() if key != "weights"}
     prefix, _, name = factory.partition(":")
+    if prefix == "torchvision" and name in _SEGMENTATION:
+        kept.pop("weights_backbone", None)  # of detectors it also changes the structure
     weights = kwargs.get("weights")
     if prefix == "torchvision" and weights is not None and not _is_file(weights):
         return _structure(name, _published(name, str(weights)).meta) | kept
@@ -83,10 +90,23 @@ def without_weights(factory: str, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def resolve(reference: str, *, trust: Collection[str]) -> Callable[..., Any]:
-    """Import what `package.module:function` names; the current directory is importable meanwhile.
+    """The function that `package.module:function` names, see `find`.
 
     Raises:
-        InputError: the module is not in `trust`, cannot be imported, or has no such function.
+        InputError: as `find`, or it cannot be called.
+    """
+    found = find(reference, trust=trust)
+    if not callable(found):
+        raise InputError(f"{reference} is not a function but of type {type(found).__name__}: name a function.")
+    function: Callable[..., Any] = found
+    return function
+
+
+def find(reference: str, *, trust: Collection[str]) -> Any:
+    """Import what `package.module:object` names; the current directory is importable meanwhile.
+
+    Raises:
+        InputError: the module is not in `trust`, cannot be imported, or has no such object.
     """
     module_name, _, name = reference.partition(":")
     package = module_name.partition(".")[0]
@@ -108,8 +128,6 @@ def resolve(reference: str, *, trust: Collection[str]) -> Callable[..., Any]:
     found = getattr(module, name, None)
     if found is None:
         raise InputError(f"The module {module_name} has no {name!r}{_nearest(name, dir(module))}.")
-    if not callable(found):
-        raise InputError(f"{reference} is not a function but of type {type(found).__name__}: name a function.")
     return found
 
 
@@ -155,9 +173,12 @@ def _with_published_weights(name: str, weights: str, kwargs: dict[str, Any]) -> 
     structure = _structure(name, enum.meta) | kwargs
     # torchvision insists on the weights' own classes and auxiliary classifiers, so these go to the second
     # model only.
-    own = {key: value for key, value in kwargs.items() if key not in ("num_classes", "init_weights")}
-    if not own.get("aux_logits"):
-        own.pop("aux_logits", None)
+    own = {
+        key: value for key, value in kwargs.items() if key not in ("num_classes", "init_weights", "weights_backbone")
+    }
+    for auxiliary in ("aux_logits", "aux_loss"):
+        if not own.get(auxiliary):
+            own.pop(auxiliary, None)
     try:
         source = _call(f"torchvision:{name}", torchvision_models.get_model, {"name": name, "weights": enum, **own})
     except (OSError, RuntimeError) as error:  # RuntimeError: the hash of the download is wrong
@@ -173,6 +194,11 @@ def _with_published_weights(name: str, weights: str, kwargs: dict[str, Any]) -> 
 def _published(name: str, weights: str) -> Any:
     """The member of torchvision's weights enum of this model."""
     _check_torchvision(name)
+    if name in _DETECTION:
+        raise InputError(
+            f"The published weights of torchvision:{name} change its normalisation layers, so that {weights!r} do not "
+            "fit a fresh one: name a function of your own, package.module:function, that builds it with them."
+        )
     enum: Any = torchvision_models.get_model_weights(name)
     member = weights.rpartition(".")[2]  # ResNet50_Weights.IMAGENET1K_V2 is accepted too
     if member not in enum.__members__:
@@ -190,6 +216,8 @@ def _structure(name: str, meta: dict[str, Any]) -> dict[str, Any]:
         defaults |= {"aux_logits": False, "init_weights": False}
         if meta:
             defaults["transform_input"] = True
+    if name in _SEGMENTATION | _DETECTION:
+        defaults["weights_backbone"] = None  # torchvision's default downloads
     if meta:
         defaults["num_classes"] = len(meta["categories"])
         if name.startswith("vit_"):
@@ -203,9 +231,11 @@ def _is_file(weights: object) -> bool:
 
 
 def _check_torchvision(name: str) -> None:
-    names = torchvision_models.list_models(module=torchvision_models)
+    names = {*torchvision_models.list_models(module=torchvision_models), *_SEGMENTATION, *_DETECTION}
     if name not in names:
-        raise InputError(f"torchvision has no classification model {name!r}{_nearest(name, names)}.")
+        raise InputError(
+            f"torchvision has no model {name!r} of classification, segmentation or detection{_nearest(name, names)}."
+        )
 
 
 def _call(factory: str, function: Callable[..., Any], kwargs: dict[str, Any]) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Training a classifier: from scratch, while it is pruned, or back to accuracy after pruning."""
+"""Training a network: from scratch, while it is pruned, or back to accuracy after pruning."""
 
 from compress.training.distillation import Distillation
 from compress.training.evaluation import Evaluation, evaluate

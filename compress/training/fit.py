@@ -1,4 +1,4 @@
-"""Training a classifier: from scratch, while it is pruned, or back to accuracy after pruning.
+"""Training a network: from scratch, while it is pruned, or back to accuracy after pruning.
 
 Device, mixed precision and processes come from accelerate. Start several processes with `accelerate launch`;
 the batch size is then that of one process.
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from compress.errors import InputError
 from compress.progress import progress_bar
+from compress.tasks import CLASSIFICATION, Task
 from compress.training.evaluation import evaluate_on
 from compress.training.history import Epoch, History
 from compress.training.loop import Loop, Pruning
@@ -39,6 +40,7 @@ def fit(
     pruner: Pruning | None = None,
     teacher: nn.Module | None = None,
     test_loader: DataLoader | None = None,
+    task: Task = CLASSIFICATION,
     state_path: Path | None = None,
     description: str = "training",
 ) -> History:
@@ -57,7 +59,7 @@ def fit(
     of each epoch; a loader must draw its randomness from them.
 
     Args:
-        loader: yields (images (N, C, H, W) float, labels (N,) int64), and has a length.
+        loader: yields (images (N, C, H, W) float, labels (N,) int64), or what `task` takes, and has a length.
         teacher: dense network for `config.distillation`; runs in evaluation mode without gradients.
         description: what the progress bar and the log call this training.
 
@@ -72,13 +74,13 @@ def fit(
             if network is not None:
                 stack.enter_context(placed(network, accelerator.device))
         loader = sharded(loader, accelerator, seed=seed)
-        fingerprint = _fingerprint(model, loader, config, seed, pruner, teacher, test_loader, accelerator)
+        fingerprint = _fingerprint(model, loader, config, seed, pruner, teacher, test_loader, task, accelerator)
         state = load_state(state_path, fingerprint) if state_path else None
         if state and pruner:
             pruner.load_state_dict(state["pruner"])
         if state:
             model.load_state_dict(state["model"])
-        loop = Loop(accelerator, model, config, pruner, teacher)
+        loop = Loop(accelerator, model, config, pruner, teacher, task)
         history = History()
         if state:
             loop.optimizer.load_state_dict(state["optimizer"])
@@ -97,7 +99,7 @@ def fit(
             if accelerator.num_processes > 1:
                 loader.set_epoch(number)  # type: ignore[attr-defined]  # a loader of accelerate's
             steps, loss, rate = loop.run_epoch(loader, number, history.steps, bar)
-            test = None if test_loader is None else evaluate_on(accelerator, model, test_loader)
+            test = None if test_loader is None else evaluate_on(accelerator, model, test_loader, task=task)
             history.epochs.append(Epoch(steps, loss, rate, time.perf_counter() - started, test))
             if not bar.shown and accelerator.is_main_process:
                 _log_epoch(description, history, config, pruning=pruner is not None)
@@ -142,6 +144,7 @@ def _fingerprint(
     pruner: Pruning | None,
     teacher: nn.Module | None,
     test_loader: DataLoader | None,
+    task: Task,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
     """What must be equal for a saved state to be the beginning of this very training."""
@@ -154,6 +157,7 @@ def _fingerprint(
         "model structure": structure_digest(model),
         "teacher structure": None if teacher is None else structure_digest(teacher),
         "pruner": None if pruner is None else type(pruner).__name__,
+        "task": type(task).__name__,
         "processes": accelerator.num_processes,
     }
 
@@ -169,13 +173,13 @@ def _seed_everything(seed: int, epoch: int, process: int) -> None:
 def _log_epoch(description: str, history: History, config: TrainingConfig, pruning: bool) -> None:
     epoch = history.epochs[-1]
     number = str(len(history.epochs)) if pruning else f"{len(history.epochs)}/{config.epochs}"
-    top1 = "" if epoch.test is None else f", top-1 {epoch.test.top1:.2f} %"
+    accuracy = "" if epoch.test is None else f", {epoch.test.metric} {epoch.test.top1:.2f} %"
     logger.info(
         "%s: epoch %s, loss %.4f, learning rate %.3g%s, %.1f s",
         description,
         number,
         epoch.train_loss,
         epoch.learning_rate,
-        top1,
+        accuracy,
         epoch.seconds,
     )

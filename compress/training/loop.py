@@ -13,8 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from compress.errors import InputError, WorkError
 from compress.importance import Minibatch
 from compress.progress import Bar
+from compress.tasks import Task, prediction
 from compress.training.distillation import training_loss
-from compress.training.placement import best_layout, set_layout
+from compress.training.placement import best_layout, moved, set_layout
 from compress.training.schedule import TrainingConfig, build_optimizer, learning_rate
 
 
@@ -46,6 +47,7 @@ class Loop:
         config: TrainingConfig,
         pruner: Pruning | None,
         teacher: nn.Module | None,
+        task: Task,
     ) -> None:
         self.optimizer = build_optimizer(model, config)
         self._accelerator = accelerator
@@ -54,6 +56,7 @@ class Loop:
         self._config = config
         self._pruner = pruner
         self._teacher = None if teacher is None else teacher.eval()
+        self._task = task
         self._layout: torch.memory_format | None = None
         self._wrapped = False
 
@@ -68,15 +71,15 @@ class Loop:
         }
 
     def run_epoch(
-        self, loader: Iterable[tuple[Tensor, Tensor]], epoch: int, first_step: int, bar: Bar
+        self, loader: Iterable[tuple[Any, Any]], epoch: int, first_step: int, bar: Bar
     ) -> tuple[int, float, float]:
         """Train until the batches, or the pruner, end; returns (steps, mean loss, last learning rate)."""
         steps, total, rate = 0, 0.0, 0.0
         length = len(loader)  # type: ignore[arg-type]  # checked by _check_arguments
         self._model.train()
         for images, labels in loader:
-            images = images.to(self._accelerator.device, non_blocking=True)
-            labels = labels.to(self._accelerator.device, non_blocking=True)
+            images = moved(images, self._accelerator.device)
+            labels = moved(labels, self._accelerator.device)
             if steps == 0:
                 self._arrange(images)
             rate = learning_rate(self._config, first_step + steps, length)
@@ -99,35 +102,44 @@ class Loop:
             )
         return steps, total / steps, rate
 
-    def _step(self, images: Tensor, labels: Tensor, rate: float) -> float:
+    def _step(self, images: Any, labels: Any, rate: float) -> float:
         """One minibatch; returns its loss, and where that is not finite leaves the network as it was."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        images = images.contiguous(memory_format=self._layout or torch.contiguous_format)
+        if isinstance(images, Tensor):
+            images = images.contiguous(memory_format=self._layout or torch.contiguous_format)
+        inputs = self._task.inputs(images, labels)
         self.optimizer.zero_grad()
         if not self._wrapped:
             self._wrap()
         with self._accelerator.autocast():
-            logits = self._forward(images)
+            outputs = self._outputs(inputs)
             with torch.no_grad():
-                taught = None if self._teacher is None else self._teacher(images)
-        if not isinstance(logits, Tensor):
-            raise InputError(
-                f"The model returns a {type(logits).__name__} in training mode but must return a tensor "
-                "of logits: switch its auxiliary outputs off, as model.kwargs.aux_logits: false does for Inception."
-            )
-        loss = self._loss(labels, taught)(logits)
+                taught = None if self._teacher is None else prediction(self._teacher(images))
+        loss = self._loss(labels, taught)(outputs)
         value = loss.item()
         if math.isfinite(value):
             self._accelerator.backward(loss)
-            self._update(value, Minibatch((images,), self._loss(labels, taught)))
+            self._update(value, Minibatch(inputs, self._loss(labels, taught)))
         return value
 
-    def _loss(self, labels: Tensor, taught: Tensor | None) -> Callable[[Tensor], Tensor]:
-        """Logits of the minibatch -> the loss that is trained on."""
+    def _outputs(self, inputs: tuple[Any, ...]) -> Any:
+        try:
+            return self._forward(*inputs)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise InputError(
+                "A minibatch of one image leaves a batch normalisation a single value per channel to take the mean of: "
+                "set data.batch_size to 2 or more, or give more training images."
+            ) from error
+
+    def _loss(self, labels: Any, taught: Tensor | None) -> Callable[[Any], Tensor]:
+        """Outputs for the minibatch -> the loss that is trained on."""
         return partial(
             training_loss,
             labels=labels,
+            task=self._task,
             label_smoothing=self._config.label_smoothing,
             distillation=self._config.distillation,
             teacher_logits=taught,
@@ -152,7 +164,7 @@ class Loop:
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
 
-    def _arrange(self, images: Tensor) -> None:
+    def _arrange(self, images: Any) -> None:
         """Choose the memory layout at the first call; renew it at the start of every epoch.
 
         Renewed, for pruning and reloading give tensors of other strides, and a resumed epoch must not compute

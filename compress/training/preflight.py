@@ -7,29 +7,40 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from compress.errors import InputError
+from compress.errors import InputError, first_line
 from compress.modes import evaluation_mode
+from compress.tasks import CLASSIFICATION, IGNORED, Classification, Evaluation, Segmentation, Task, prediction
+from compress.training.placement import moved
 
 
-def check_fit(model: nn.Module, loader: Iterable[Any], *, classes: Sequence[str] | None = None) -> None:
+def check_fit(
+    model: nn.Module, loader: Iterable[Any], *, classes: Sequence[str] | None = None, task: Task = CLASSIFICATION
+) -> None:
     """Run the first images of `loader` through `model`; check images, labels and outputs against each other.
 
     Args:
         loader: yields (images, labels); its dataset's labels are all checked where it lists them (`targets`,
         or a `TensorDataset`), else those of the first batch. classes: names of the data's classes; the model
-        must then have one output for each.
+        must then have one output for each. task: of a task other than the built-in ones nothing but a minibatch is
+        asked, of which it must be able to count the accuracy.
 
     Raises:
         InputError: something does not fit; the message names the recipe key to change.
     """
-    images, labels = _first_batch(loader)
-    outputs = _outputs(model, images[:2])
-    labels = _all_labels(loader, labels)
+    if not isinstance(task, Classification | Segmentation):
+        _check_evaluation(model, loader, task)
+        return
+    masks = isinstance(task, Segmentation)
+    images, labels = _first_batch(loader, masks=masks)
+    outputs = _outputs(model, images[:2], masks=masks)
+    labels = labels[labels != IGNORED] if masks else _all_labels(loader, labels)
     if classes is not None and len(classes) != outputs:
         raise InputError(
             f"The model has {outputs} outputs but the data have {len(classes)} classes: "
             f"set model.kwargs.num_classes: {len(classes)}."
         )
+    if labels.numel() == 0:  # masks without any class, which the next minibatch may have
+        return
     low, high = int(labels.min()), int(labels.max())
     if low < 0:
         raise InputError(f"The labels go down to {low} but must count from 0: correct what data.source returns.")
@@ -55,7 +66,26 @@ def check_precision(precision: str, needs: Collection[str]) -> None:
         )
 
 
-def _first_batch(loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
+def _check_evaluation(model: nn.Module, loader: Iterable[Any], task: Task) -> None:
+    batch = next(iter(loader), None)
+    if not (isinstance(batch, list | tuple) and len(batch) == 2):
+        raise InputError("The data loader must yield pairs of (images, targets): correct data.source.")
+    images, targets = batch
+    device = next(model.parameters(), torch.empty(0)).device
+    name = type(task).__name__
+    try:
+        with torch.no_grad(), torch.random.fork_rng(), evaluation_mode(model):
+            figures = task.evaluation(task.tally(model(moved(images, device)), moved(targets, device)))
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+        raise InputError(
+            f"The task {name} cannot judge the model on the data ({type(error).__name__}: {first_line(error)}): "
+            "correct its tally and evaluation, the model or data.source."
+        ) from error
+    if not isinstance(figures, Evaluation):
+        raise InputError(f"The task {name} evaluates to a {type(figures).__name__}: return compress.tasks.Evaluation.")
+
+
+def _first_batch(loader: Iterable[Any], *, masks: bool) -> tuple[Tensor, Tensor]:
     """First (images, labels), checked by themselves: types, shapes, number."""
     batch = next(iter(loader), None)
     if batch is None:
@@ -76,7 +106,12 @@ def _first_batch(loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
             f"The labels have the type {labels.dtype} but must be int64 class indices: convert them in what "
             "data.source names."
         )
-    if labels.shape != images.shape[:1] or len(labels) == 0:
+    if masks and (labels.shape != (len(images), *images.shape[2:]) or len(labels) == 0):
+        raise InputError(
+            f"The masks have the shape {_by(labels.shape)} for images of {_by(images.shape)} but must be one class "
+            "index per pixel: correct what data.source returns."
+        )
+    if not masks and (labels.shape != images.shape[:1] or len(labels) == 0):
         raise InputError(
             f"The labels have the shape {_by(labels.shape)} for {len(images)} images but must be one class "
             "index per image: correct what data.source returns."
@@ -84,7 +119,7 @@ def _first_batch(loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
-def _outputs(model: nn.Module, images: Tensor) -> int:
+def _outputs(model: nn.Module, images: Tensor, *, masks: bool) -> int:
     """Number of outputs of `model` for these images, from a forward pass in evaluation mode."""
     met: list[tuple[nn.Conv2d, int]] = []  # convolutions in the order met, with the channels that reached them
 
@@ -112,6 +147,8 @@ def _outputs(model: nn.Module, images: Tensor) -> int:
     finally:
         for hook in hooks:
             hook.remove()
+    if masks:
+        return _classes_of_pixels(output, images)
     if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(images):
         found = f"a tensor of {_by(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
         raise InputError(
@@ -119,6 +156,17 @@ def _outputs(model: nn.Module, images: Tensor) -> int:
             "classes): choose an image classifier as model.factory."
         )
     return output.shape[1]
+
+
+def _classes_of_pixels(output: Any, images: Tensor) -> int:
+    scores = prediction(output)
+    if scores.dim() != 4 or (len(scores), *scores.shape[2:]) != (len(images), *images.shape[2:]):
+        raise InputError(
+            f"The model returns scores of {_by(scores.shape)} for images of {_by(images.shape)} but must return "
+            "(images, classes, height, width) of the images' size: choose a segmentation network as model.factory, and "
+            "scale its output up inside it."
+        )
+    return scores.shape[1]
 
 
 def _all_labels(loader: Iterable[Any], first: Tensor) -> Tensor:

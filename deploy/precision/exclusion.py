@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from compress.errors import InputError, WorkError
 from compress.progress import progress_bar
+from compress.tasks import CLASSIFICATION, Task
 from deploy.metadata import write_metadata
 from deploy.onnx_file import read_metadata, read_onnx
 from deploy.parity import evaluate_runtime, logits
@@ -60,6 +61,7 @@ def least_exclusion(
     target: Target,
     ranges: Ranges,
     loader: DataLoader,
+    task: Task = CLASSIFICATION,
     max_drop: float,
     exclude: Collection[str] = (),
 ) -> Exclusion:
@@ -83,7 +85,8 @@ def least_exclusion(
         source: the fp32 file.
         precision, target, ranges: as for `quantise`.
         loader: labelled images; N of them cannot tell drops apart that differ by less than 100 / N points.
-        max_drop: percentage points of top-1, at least 0.
+        task: how accuracy is counted.
+        max_drop: percentage points of top-1, or of the task's own metric, at least 0.
         exclude: layers that are left out in any case, by name or pattern.
 
     Raises:
@@ -107,13 +110,14 @@ def least_exclusion(
 
         files = _Files(source, path, write)
         with files.original() as runtime:
-            reference = evaluate_runtime(runtime, loader, description="accuracy in fp32").top1
+            reference = evaluate_runtime(runtime, loader, task=task, description="accuracy in fp32").top1
         ranked: list[str] = []
         curve: dict[int, float] = {}
 
         def meets(count: int) -> bool:
             with files.leaving_out(ranked[:count]) as runtime:
-                curve[count] = evaluate_runtime(runtime, loader, description=f"{count} layers left out").top1
+                description = f"{count} layers left out"
+                curve[count] = evaluate_runtime(runtime, loader, task=task, description=description).top1
             # Percentages are rounded: 1 image of 100 is not quite 1 point.
             return reference - curve[count] <= max_drop + 1e-9
 
@@ -126,9 +130,9 @@ def least_exclusion(
     if fewest is None:
         count, top1 = max(curve.items())
         raise WorkError(
-            f"{source.name} in {precision} has a top-1 of {top1:.2f} % with {count} of its {len(files.layers)} layers "
-            f"left out, more than {max_drop:g} points below the {reference:.2f} % in fp32: allow a larger drop, "
-            "calibrate on more samples or by another method, or use fp16."
+            f"{source.name} in {precision} has a {task.metric} of {top1:.2f} % with {count} of its "
+            f"{len(files.layers)} layers left out, more than {max_drop:g} points below the {reference:.2f} % in fp32: "
+            "allow a larger drop, calibrate on more samples or by another method, or use fp16."
         )
     logger.info("%s in %s: %d of %d layers left out", source.name, precision, fewest, len(files.layers))
     chosen = tuple(ranked[:fewest])
@@ -221,7 +225,7 @@ def _harm(files: _Files, images: torch.Tensor) -> dict[str, float]:
 
 
 def _divergence(expected: np.ndarray, actual: np.ndarray) -> float:
-    """log p and log q, (N, classes) -> the mean of Σ p (log p − log q) over the rows, in nats."""
+    """log p and log q, (N, classes, …) -> the mean of Σ p (log p − log q) over rows, or pixels, in nats."""
     if not np.isfinite(actual).all():
         return math.inf
     return float((np.exp(expected) * (expected - actual)).sum(axis=1).mean())

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from compress.errors import InputError, WorkError, first_line
+from compress.tasks import prediction
 from deploy.runtimes import cuda
 from deploy.runtimes.base import Batch, Lane, Runtime
 from deploy.runtimes.bfloat16 import to_numpy, to_torch
@@ -40,7 +41,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class PyTorchRuntime(Runtime):
-    """A module from images to logits, held in eval mode until `close`, which gives it its former mode back.
+    """A module from images to logits, or to a dictionary with the logits under "out".
+
+    It is held in eval mode until `close`, which gives it its former mode back.
 
     PyTorch's number of threads belongs to the process: `threads` sets it for everything else, too. So does TF32, which
     on a GPU is switched off: fp32 is fp32 in every runtime.
@@ -118,7 +121,7 @@ class PyTorchRuntime(Runtime):
         images = to_torch(batch[INPUT_NAME]).to(self._device)
         self._compile_for(images)
         try:
-            return {OUTPUT_NAME: to_numpy(_logits(self._infer(images)))}
+            return {OUTPUT_NAME: to_numpy(prediction(self._infer(images)))}
         except RuntimeError as error:
             raise _failed(images, error) from error
 
@@ -141,11 +144,13 @@ class PyTorchRuntime(Runtime):
                 stream.copy(images, pool[0][0])
                 self._compile_for(images)
                 for _ in range(WARM_UP_RUNS):
-                    logits = _logits(self._infer(images))
+                    logits = prediction(self._infer(images))
             stream.synchronize()
         except RuntimeError as error:
             raise _failed(images, error) from error
-        compute = self._captured(device, stream, images) if self._cuda_graph else lambda: (self._infer(images),)
+        compute = (
+            self._captured(device, stream, images) if self._cuda_graph else lambda: (prediction(self._infer(images)),)
+        )
         outputs = {OUTPUT_NAME: device.pinned(logits.shape, logits.dtype)}
         return CudaLane(stream, pool, (images,), compute, outputs, partial(_failed, images))
 
@@ -153,7 +158,7 @@ class PyTorchRuntime(Runtime):
         """The kernels of one inference, captured once and launched together; images and logits keep their addresses."""
         logits: list[torch.Tensor] = []
         try:
-            replay = device.capture(stream, lambda: logits.append(self._infer(images)))
+            replay = device.capture(stream, lambda: logits.append(prediction(self._infer(images))))
         except RuntimeError as error:
             raise WorkError(
                 f"PyTorch cannot capture the network as a CUDA graph: {first_line(error)}; leave out cuda_graph=true."
@@ -199,16 +204,7 @@ class _CpuLane(Lane):
             raise _failed(self._pool[index], error) from error
 
     def outputs(self) -> dict[str, np.ndarray]:
-        return {OUTPUT_NAME: to_numpy(_logits(self._latest))}
-
-
-def _logits(found: Any) -> torch.Tensor:
-    if not isinstance(found, torch.Tensor):
-        raise InputError(
-            f"The model returned a {type(found).__name__}, but one tensor of logits is needed; "
-            "wrap it in a module that returns the logits alone."
-        )
-    return found
+        return {OUTPUT_NAME: to_numpy(prediction(self._latest))}
 
 
 def _failed(images: torch.Tensor, error: RuntimeError) -> WorkError:

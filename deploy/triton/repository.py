@@ -110,6 +110,8 @@ def write_repository(
     choice = choose_artefact(run, artefact=artefact)
     onnx = describing_onnx(choice.path)
     classes = read_metadata(onnx).classes
+    if len(choice.entry.outputs[0].shape) > 2:  # Triton would take each pixel for a class
+        classes = ()
     plan = batching(choice.timed.measurements if choice.timed else (), max_batch)
     config = model_config(
         choice, name=name, max_batch=max_batch, instances=instances, batching=plan, labelled=bool(classes)

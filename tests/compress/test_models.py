@@ -18,7 +18,7 @@ from compress.errors import InputError, MissingExtraError, WorkError
     [
         ("espalier:resnet-20", "did you mean 'resnet20'"),
         ("torchvision:resnet5", "did you mean 'resnet50'"),
-        ("torchvision:fasterrcnn_resnet50_fpn", "no classification model"),
+        ("torchvision:raft_large", "no model 'raft_large' of classification, segmentation or detection"),
         ("timm:mobilenetv3_smal_100", "did you mean 'mobilenetv3_small_100'"),
         ("resnet50", "names no model"),
         ("torchvision:", "names no model"),

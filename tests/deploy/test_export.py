@@ -12,6 +12,7 @@ import deploy.onnx_file
 from compress.errors import InputError, WorkError
 from deploy.export import export_onnx
 from deploy.onnx_file import read_metadata, read_onnx
+from deploy.runtimes import open_runtime
 
 SHAPE = (3, 8, 8)
 
@@ -223,3 +224,59 @@ def test_unwritable_target_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match="Cannot create the directory"):
         export_onnx(tiny(), tmp_path / "file" / "x.onnx", image_shape=SHAPE)
+
+
+class Pyramid(nn.Module):
+    """A model with a backbone whose feature maps come as a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = Maps()
+
+
+class Maps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(SHAPE[0], 4, 3)
+        self.second = nn.Conv2d(4, 5, 3)
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor | list[torch.Tensor]]:
+        fine = self.first(images)
+        return {"fine": fine, "coarse": [self.second(fine)]}
+
+
+def test_a_part_is_exported_with_all_that_it_returns(tmp_path: Path) -> None:
+    model = Pyramid()
+    path = export_onnx(model, tmp_path / "part.onnx", image_shape=SHAPE, part="backbone")
+    images = torch.randn(3, *SHAPE)
+    with torch.no_grad(), open_runtime(path) as runtime:
+        assert [spec.name for spec in runtime.outputs] == ["backbone.fine", "backbone.coarse.0"]
+        found = runtime.run({"images": images.numpy()})
+        expected = model.backbone(images)
+    assert torch.allclose(torch.from_numpy(found["backbone.fine"]), expected["fine"], atol=1e-5)
+    assert torch.allclose(torch.from_numpy(found["backbone.coarse.0"]), expected["coarse"][0], atol=1e-5)
+
+
+def test_there_is_no_such_part(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"Pyramid has no part 'backbon': did you mean 'backbone'\?"):
+        export_onnx(Pyramid(), tmp_path / "part.onnx", image_shape=SHAPE, part="backbon")
+
+
+def test_of_a_dictionary_the_scores_are_exported_alone(tmp_path: Path) -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.aux = nn.Conv2d(SHAPE[0], 7, 1)
+            self.head = nn.Conv2d(SHAPE[0], 2, 1)
+
+        def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"aux": self.aux(images), "out": self.head(images)}
+
+    model = Heads()
+    path = export_onnx(model, tmp_path / "heads.onnx", image_shape=SHAPE)
+    images = torch.randn(2, *SHAPE)
+    with torch.no_grad(), open_runtime(path) as runtime:
+        found = runtime.run({"images": images.numpy()})
+        assert list(found) == ["logits"]
+        assert torch.allclose(torch.from_numpy(found["logits"]), model(images)["out"], atol=1e-5)
+    assert not [tensor.name for tensor in onnx.load(str(path)).graph.initializer if "aux" in tensor.name]

@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from compress.errors import InputError, WorkError
 from compress.training.evaluation import evaluate
 from deploy.export import export_onnx
-from deploy.parity import TIE, TOLERANCES, Parity, Tolerance, check_parity, evaluate_runtime, top1_agreement
+from deploy.parity import Parity, check_parity, evaluate_runtime
 from deploy.runtimes import Lane, Runtime, TensorSpec, open_runtime
+from deploy.tolerance import TIE, TOLERANCES, Tolerance
 
 
 class Table(Runtime):
@@ -102,10 +103,10 @@ def test_overall_takes_the_worst_error_and_averages_the_rest() -> None:
 
 
 def test_top1_agreement_by_hand() -> None:
-    expected = np.array([[3.0, 1.0, 0.0], [3.0, 3.0, 0.0], [100.0, 99.9995, 0.0], [100.0, 99.99, 0.0], [1.0, 2.0, 0.0]])
-    actual = np.array([[3.0, 1.0, 0.0], [3.0, 3.1, 0.0], [100.0, 101.0, 0.0], [100.0, 101.0, 0.0], [np.nan, 2.0, 0.0]])
+    expected = [[3.0, 1.0, 0.0], [3.0, 3.0, 0.0], [100.0, 99.9995, 0.0], [100.0, 99.99, 0.0], [1.0, 2.0, 0.0]]
+    actual = [[3.0, 1.0, 0.0], [3.0, 3.1, 0.0], [100.0, 101.0, 0.0], [100.0, 101.0, 0.0], [np.nan, 2.0, 0.0]]
     # agrees; a tie, so either class is right; apart by 5e-6 < TIE; apart by 1e-4: wrong; not a number: wrong
-    assert top1_agreement(expected, actual) == pytest.approx(100 * 3 / 5)
+    assert compare(expected, actual, batch_sizes=(5,)).top1_agreement == pytest.approx(100 * 3 / 5)
 
 
 def test_require_gives_the_figures() -> None:
@@ -233,3 +234,34 @@ def test_artefact_with_two_inputs_is_refused() -> None:
     runtime.inputs = (*runtime.inputs, TensorSpec("mask", "float32", ("batch",)))
     with pytest.raises(InputError, match="2 inputs and 1 outputs"):
         check_parity(Lookup([[1.0, 2.0]]), runtime, numbers(1), batch_sizes=(1,))
+
+
+def test_pixels_by_hand() -> None:
+    # One image of 1 x 3 pixels and two classes; the scale of every pixel is the image's largest logit, 4.
+    expected = np.array([[[[4.0, 0.0, 1.0]], [[0.0, 1e-3, 0.0]]]], np.float32)
+    actual = np.array([[[[4.0, 2e-3, 0.5]], [[0.0, 1e-3, 0.0]]]], np.float32)
+
+    class Pixels(Table):
+        def _run(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {"logits": actual}
+
+    parity = check_parity(Constant(expected), Pixels([[0.0]]), numbers(1), batch_sizes=(1,))
+    assert parity.max_relative_error == 0.5 / 4
+    assert parity.top1_agreement == pytest.approx(200 / 3)
+    assert parity.largest_flip == pytest.approx(1e-3 / 4)
+    # The flip is more than a tie and less than what errors of 1e-3 allow: pixels on a border may flip.
+    assert parity.applied(TOLERANCES["fp32"]) == Tolerance(max_relative_error=1e-3, largest_flip=2e-3)
+    parity.require(0.2)
+    with pytest.raises(WorkError, match=r"agrees on 66.67 % of the pixels of 1 samples"):
+        parity.require()
+
+
+class Constant(nn.Module):
+    """The same dictionary of scores, whatever the images."""
+
+    def __init__(self, scores: np.ndarray) -> None:
+        super().__init__()
+        self.register_buffer("scores", torch.from_numpy(scores))
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"out": self.scores[: len(images)], "aux": self.scores}

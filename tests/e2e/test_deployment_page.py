@@ -8,9 +8,9 @@ import numpy as np
 
 import deploy
 from deploy.artefacts import artefact_name
-from deploy.parity import TOLERANCES
 from deploy.precision import PRECISIONS, TARGETS
 from deploy.runtimes import RUNTIMES
+from deploy.tolerance import TOLERANCES
 
 PAGE = Path(__file__).parents[2] / "docs" / "deployment.md"
 TEXT = PAGE.read_text(encoding="utf-8")
