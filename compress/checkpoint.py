@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from compress import models
+from compress.attributes import Attribute, attributes_set, set_attributes
 from compress.errors import InputError
 from compress.files import make_directory, replacing, sha256, write_text
 from compress.removal import Slot, dense_sizes, keep_slices, kept_slices
@@ -63,6 +64,8 @@ class Architecture(BaseModel):
         mean, std: per channel, of the normalisation that the input has had; empty for none.
         resize: shorter side in pixels of an image before its centre is cut out; None where the whole image is resized.
         kept: what pruning left; empty for a dense model.
+        attributes: "MODULE.NAME" or "MODULE.NAME[INDEX]" -> integer that the forward pass reads there, where pruning
+            changed it.
         provenance: recipe, seeds, versions, accuracy: free, never read back.
         weights_sha256: of `model.safetensors`.
         sha256: of this file's canonical JSON without this field, so that a changed byte shows.
@@ -79,6 +82,7 @@ class Architecture(BaseModel):
     std: tuple[float, ...] = ()
     resize: int | None = None
     kept: tuple[Kept, ...] = ()
+    attributes: dict[str, Annotated[int, Field(ge=1, strict=True)]] = {}
     provenance: dict[str, Any] = {}
     weights_sha256: str
     sha256: str = ""
@@ -109,8 +113,9 @@ class Architecture(BaseModel):
 
     def own_digest(self) -> str:
         """SHA-256 of the canonical JSON of everything but `sha256`."""
-        # Checkpoints from before `resize` have digests without it.
-        left_out = {"sha256"} if self.resize is not None else {"sha256", "resize"}
+        # Checkpoints from before `resize` and `attributes` have digests without them.
+        left_out = {"sha256"}
+        left_out |= {name for name, empty in (("resize", None), ("attributes", {})) if getattr(self, name) == empty}
         content = self.model_dump(mode="json", exclude=left_out)
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -165,6 +170,7 @@ def save(
         std=tuple(map(float, std)),
         resize=resize,
         kept=tuple(Kept(of=size, indices=indices, slices=tuple(slices)) for (size, indices), slices in by_fate.items()),
+        attributes=attributes_set(model),
         provenance={"espalier": _own_version(), "torch": torch.__version__, **dict(provenance or {})},
         weights_sha256=digest,
     )
@@ -189,7 +195,9 @@ def load(directory: str | Path, *, trust: Collection[str] = ()) -> nn.Module:
     if sha256(weights) != architecture.weights_sha256:
         raise InputError(f"{weights} was changed after it was written: its SHA-256 does not fit; restore it.")
     model = models.build(architecture.factory, trust=trust, **architecture.kwargs)
-    keep_slices(model, _kept(architecture, model, path))
+    keep, attributes = _kept(architecture, model, path), _attributes(architecture, model, path)
+    keep_slices(model, keep)
+    set_attributes(model, attributes)
     try:
         state = load_file(weights)
         model.load_state_dict(state)
@@ -221,6 +229,21 @@ def _kept(architecture: Architecture, model: nn.Module, path: Path) -> dict[Slot
                 )
             keep[tensor, int(dim)] = indices
     return keep
+
+
+def _attributes(architecture: Architecture, model: nn.Module, path: Path) -> dict[Attribute, int]:
+    found: dict[Attribute, int] = {}
+    for text, value in architecture.attributes.items():
+        attribute = Attribute.parsed(model, text)
+        dense = None if attribute is None else attribute.value(model)
+        if attribute is None or dense is None or value > dense:
+            raise InputError(
+                f"{path / ARCHITECTURE} sets {text} to {value}, but {architecture.factory} builds "
+                f"{'no such integer' if dense is None else f'{dense} there, and pruning makes sizes smaller'}: install "
+                "the version the checkpoint was made with."
+            )
+        found[attribute] = value
+    return found
 
 
 def _triple(shape: Sequence[int]) -> tuple[int, int, int]:

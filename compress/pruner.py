@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from compress.budget import Budget, CostModel, cost_model
 from compress.errors import InputError, WorkError
 from compress.graph import ChannelGraph, trace
+from compress.graph.part import trace_part
+from compress.graph.walk import Attention
 from compress.importance import Importance, Minibatch, build
 from compress.removal import keep_slices
 from compress.selection import select
@@ -75,19 +77,32 @@ class Pruner:
         round_to: int = 8,
         min_channels: int = 1,
         ignore: Sequence[str] = (),
+        protect: Sequence[str] = (),
+        tie: Sequence[tuple[str, str]] = (),
+        attention: Attention = "heads",
+        embedding: bool = False,
+        part: str | None = None,
         graph: Literal["export", "torch-pruning"] = "export",
         momentum: float = 0.9,
     ) -> None:
         """
         Args:
-            example_inputs: the forward pass's positional arguments, for tracing; a tensor is one argument.
+            example_inputs: the positional arguments of the forward pass, the part's where one is given, for tracing; a
+                tensor is one argument.
             importance: a registered criterion and its options, `NAME` or `NAME:option=value` (`importance.criterion`).
             events: number of pruning events.
             interval: minibatches from one event to the next.
             round_to: widths stay multiples of this; one that is none to begin with stays or becomes one.
-            min_channels: no group goes below this width.
+            min_channels: no layer goes below this width.
             ignore: modules whose output channels stay.
-            graph: what finds the channel groups.
+            protect: modules none of whose tensors is cut.
+            tie: pairs of layers whose output channels go together, i with i.
+            attention: what of an attention layer can go: whole "heads", channels of all heads ("widths"), or nothing
+                ("keep").
+            embedding: whether channels can go that a normalisation mixes with others, such as a transformer's stream.
+            part: the submodule that alone is traced and pruned, such as a detector's backbone; what it returns stays as
+                it is. Names are those of the model.
+            graph: what finds the channel groups; "torch-pruning" knows `ignore` alone of these options.
             momentum: of the average of scores over events.
 
         Raises:
@@ -106,7 +121,8 @@ class Pruner:
         self.budget = budget
         self.events, self.interval = events, interval
         self.round_to, self.min_channels = round_to, min_channels
-        self.graph: ChannelGraph = _tracer(graph)(model, example_inputs, ignore=ignore)
+        options = {"protect": protect, "tie": tie, "attention": attention, "embedding": embedding}
+        self.graph: ChannelGraph = _traced(graph, model, example_inputs, part, ignore, options)
         if not self.graph.groups:
             reasons = "; ".join(sorted({frozen.reason for frozen in self.graph.frozen}))
             raise InputError(f"Nothing in the model can be pruned: {reasons or 'it has no layer with channels'}.")
@@ -203,7 +219,7 @@ class Pruner:
     def _remove(self, removals: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None) -> None:
         widths = self.graph.widths
         # The model first: it refuses before it changes anything.
-        keep_slices(self.model, self.graph.keep(removals), optimizer)
+        keep_slices(self.model, self.graph.keep(removals), optimizer, self.graph.attributes)
         self.graph.remove(removals)
         self.importance.removed(removals, widths)
 
@@ -261,12 +277,20 @@ class Pruner:
             self.importance.close()
 
 
-def _tracer(graph: str) -> Any:
+def _traced(
+    graph: str, model: nn.Module, inputs: Any, part: str | None, ignore: Sequence[str], options: Mapping[str, Any]
+) -> ChannelGraph:
+    if graph == "export" and part is not None:
+        return trace_part(model, part, inputs, ignore=ignore, **options)
     if graph == "export":
-        return trace
-    if graph == "torch-pruning":
-        # Imported where it is used: it loads Torch-Pruning.
-        from compress.graph.second_opinion import trace as second_trace
+        return trace(model, inputs, ignore=ignore, **options)
+    if graph != "torch-pruning":
+        raise InputError(f"graph is {graph!r}, but must be 'export' or 'torch-pruning'.")
+    if given := [name for name, value in {**options, "part": part}.items() if value and value != "heads"]:
+        raise InputError(
+            f"graph='torch-pruning' does not know {' and '.join(given)}: leave out, or use graph='export'."
+        )
+    # Imported where it is used: it loads Torch-Pruning.
+    from compress.graph.second_opinion import trace as second_trace
 
-        return second_trace
-    raise InputError(f"graph is {graph!r}, but must be 'export' or 'torch-pruning'.")
+    return second_trace(model, inputs, ignore=ignore)

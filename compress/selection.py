@@ -52,7 +52,7 @@ def select(
     """Remove the least important blocks of channels, over all groups together, until the cost is at most `target`.
 
     A block holds the channels between two allowed widths of a group: multiples of its step (`Group.step`), not below
-    `min_channels`; a width that is no multiple to begin with may stay as it is. A block's score is the mean of its
+    `Group.narrowest`; a width that is no multiple to begin with may stay as it is. A block's score is the mean of its
     channels' scores. The last block may save more than was missing: then blocks that were taken before and are not
     needed come back, the most important first.
 
@@ -62,7 +62,8 @@ def select(
     """
     widths = graph.widths
     blocks = {
-        name: _blocks(name, scores[name], group.step(round_to), min_channels) for name, group in graph.groups.items()
+        name: _blocks(name, scores[name], group.step(round_to), group.narrowest(round_to, min_channels))
+        for name, group in graph.groups.items()
     }
     heap = [(queue[0].score, name) for name, queue in blocks.items() if queue]
     heapq.heapify(heap)
@@ -90,10 +91,9 @@ def select(
     )
 
 
-def _blocks(name: str, scores: Tensor, step: int, min_channels: int) -> list[_Block]:
+def _blocks(name: str, scores: Tensor, step: int, smallest: int) -> list[_Block]:
     """Blocks of one group in the order in which they may go, the least important channels first."""
     order, values = torch.argsort(scores, stable=True).tolist(), scores.tolist()
-    smallest = max(step, -(-min_channels // step) * step)
     blocks: list[_Block] = []
     start = 0
     while len(order) - start > smallest:

@@ -105,6 +105,12 @@ class Group:
         """
         return lcm(*(round_to // gcd(round_to, copies) for copies in self.copies)) if self.copies else round_to
 
+    def narrowest(self, round_to: int, min_channels: int) -> int:
+        """Smallest allowed number of channels: a multiple of `step` with at least `min_channels` in every producer."""
+        step = self.step(round_to)
+        least = -(-min_channels // min(self.copies, default=1))
+        return max(step, -(-least // step) * step)
+
     def positions(self, channels: Tensor) -> dict[Slot, Tensor]:
         """Positions in every tensor that go with these channels, `channels` (k,) int64."""
         return {(part.tensor, part.dim): part.of(channels) for part in self.slices}

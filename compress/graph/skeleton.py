@@ -1,8 +1,10 @@
 """A model without its numbers: a copy made of fake tensors, to run, cut and capture at no cost."""
 
 import copy
+import logging
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +61,8 @@ class Skeleton:
             InputError: the forward pass fails, or decides by the values of tensors.
         """
         try:
-            return capture(self.model.train(training), self.mode, self._inputs(training))
+            with _quiet():
+                return capture(self.model.train(training), self.mode, self._inputs(training))
         except Exception as error:  # it fails with anything that the model's forward can raise
             raise InputError(
                 f"The model cannot be captured as a graph: {self.cause(error)}; check that the example input fits, or "
@@ -71,7 +74,7 @@ class Skeleton:
     def run(self, *, training: bool = False) -> Any:
         """One forward pass."""
         try:
-            with torch.no_grad(), without_fused_attention(), self.mode:
+            with torch.no_grad(), without_fused_attention(), self.mode, _quiet():
                 return self.model.train(training)(*self._inputs(training))
         finally:
             self.model.eval()
@@ -97,6 +100,17 @@ class Skeleton:
         # Two images, for normalisation in training mode refuses a single value per channel.
         with self.mode:
             return pytree.tree_map_only(Tensor, lambda x: torch.cat([x, x]) if x.dim() else x, self.inputs)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep PyTorch from logging what fails: that is what a trial is for, and an error says it too."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
 
 
 def batch_size(inputs: Sequence[Any]) -> int:

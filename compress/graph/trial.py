@@ -1,5 +1,6 @@
 """The trial of a channel graph: a removal from a skeleton, whose walk must find what was expected."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -80,6 +81,8 @@ class Trial:
         # What a function of the module's own has changed already is not for us to change.
         reads = [one for one in reads if one.value(self.model) == one.value(skeleton.model)]
         kinds = candidates(self.model, reads, self.graph)
+        if not kinds:
+            return ()
 
         def score(some: frozenset[Kind]) -> float:
             rules = [rule for kind in some for rule in kinds[kind]]
@@ -121,22 +124,25 @@ class Trial:
         for slot, expected in _numbered(smaller, owner).items():
             actual = found.get(slot)
             if actual is None or len(actual) != len(expected):
-                broken.update(owner[one] for one in expected.unique().tolist() if one in owner)
-                continue
-            for one, other in torch.stack([expected, actual]).unique(dim=1).T.tolist():
-                if other >= 0:
-                    tied.setdefault(other, set()).add(one)
-                elif one in owner:
-                    broken.add(owner[one])
+                lost = expected.unique().tolist()
+            else:
+                pairs = torch.stack([expected, actual]).unique(dim=1).T.tolist()
+                lost = [one for one, other in pairs if other < 0]
+                for one, other in pairs:
+                    if other >= 0:
+                        tied.setdefault(other, set()).add(one)
+            # The last channel of a group stays in any case, and an axis of size 1 is none.
+            broken.update(owner[one] for one in lost if one in owner and smaller.groups[owner[one]].width > 1)
         # Fewer ties than expected do no harm: an axis that shrank to 1 ties nothing.
         for ones in tied.values():
             if len(ones) > 1:
                 broken.update(owner[one] for one in ones if one in owner)
         reasons = dict.fromkeys(broken, "after a removal the forward pass cuts its tensors at other places")
-        for before, after in zip(self.graph.constants, again.constants, strict=False):
-            if before.operator == after.operator and before.values != after.values:
-                reason = f"{before.operator} is given {_text(before.values)}, and after a removal {_text(after.values)}"
-                reasons |= dict.fromkeys(before.groups, reason)
+        before, after = _numbers(self.graph), _numbers(again)
+        for name in before.keys() & after.keys():
+            gone, come = before[name] - after[name], after[name] - before[name]
+            if gone and come:
+                reasons[name] = f"a number changes with its width: {min(gone):.4g} becomes {min(come):.4g}"
         return {name: reasons[name] for name in self.graph.groups if name in reasons}
 
     def _shrunk(self, names: Sequence[str], rules: Rules) -> tuple[Skeleton, ChannelGraph]:
@@ -147,7 +153,7 @@ class Trial:
         for name in names:
             width = self.graph.groups[name].width
             fraction = low + (high - low) * float(torch.rand((), generator=random))
-            count = min(width - 1, max(1, round(width * fraction)))
+            count = max(1, min(width - 2, round(width * fraction)))  # of one channel left little can be seen
             removals[name] = torch.randperm(width, generator=random)[:count].sort().values
         skeleton, smaller = Skeleton.of(self.model, self.inputs), self.graph.copy()
         keep_slices(skeleton.model, smaller.remove(removals), attributes=rules)
@@ -177,5 +183,10 @@ def _numbered(graph: ChannelGraph, owner: dict[int, str] | None = None) -> dict[
     return numbers
 
 
-def _text(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:.4g}" for value in values)
+def _numbers(graph: ChannelGraph) -> dict[str, Counter[float]]:
+    """Group -> the numbers that its channels meet in the forward pass, without sizes, and zeros, which never change."""
+    found: dict[str, Counter[float]] = {name: Counter() for name in graph.groups}
+    for constant in graph.constants:
+        for name in constant.groups & graph.groups.keys():
+            found[name].update(value for value in constant.values if value)
+    return found

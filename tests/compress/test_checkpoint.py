@@ -136,6 +136,90 @@ def test_indices_that_do_not_fit_the_factory_are_refused(tmp_path: Path) -> None
         checkpoint.load(tmp_path)
 
 
+class Sized(nn.Module):
+    """Takes a width from an attribute, and ties two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.sizes = 8, (8, 4)
+        self.a, self.b, self.c = nn.Conv2d(1, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.c.weight = self.b.weight
+        self.same, self.head = self.b, nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.c(self.b(self.a(x).reshape(-1, self.width, 1024, 1)))
+        return self.head(self.same(x).reshape(-1, self.sizes[0], 1024).mean(2))
+
+
+def pruned_sized() -> nn.Module:
+    torch.manual_seed(0)
+    model = Sized()
+    pruner = Pruner(model, IMAGES, budget=Budget(channels=0.5), events=2, interval=1, round_to=1)
+    for _ in range(2):
+        nn.functional.cross_entropy(model(IMAGES), torch.tensor([1, 2])).backward()
+        pruner.step()
+    return model.eval()
+
+
+def save_sized(model: nn.Module, directory: Path) -> None:
+    checkpoint.save(model, directory, factory=f"{__name__}:Sized", image_shape=(1, 32, 32))
+
+
+def test_attributes_and_tied_tensors_come_back(tmp_path: Path) -> None:
+    model = pruned_sized()
+    save_sized(model, tmp_path / "one")
+    architecture = checkpoint.Architecture.read(tmp_path / "one")
+    assert architecture.attributes == {"width": 4, "sizes[0]": 4}
+    slices = [text for entry in architecture.kept for text in entry.slices]
+    assert sorted(text for text in slices if "weight:0" in text) == ["a.weight:0", "b.weight:0"]
+    loaded = checkpoint.load(tmp_path / "one", trust=["*"])
+    assert (loaded.width, loaded.sizes) == (4, (4, 4))
+    assert loaded.c.weight is loaded.b.weight
+    with torch.no_grad():
+        assert torch.equal(loaded(IMAGES), model(IMAGES))
+    save_sized(loaded, tmp_path / "two")
+    assert checkpoint.Architecture.read(tmp_path / "two").attributes == architecture.attributes
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"height": 4}, "sets height to 4, but .* builds no such integer"),
+        ({"width[0]": 4}, r"sets width\[0\] to 4, but .* no such integer"),
+        ({"sizes[2]": 4}, "no such integer"),
+        ({"__class__": 4}, "no such integer"),
+        ({"a.weight": 4}, "no such integer"),
+        ({"forward.__defaults__": 4}, "no such integer"),
+        ({"width": 9}, "sets width to 9, but .* builds 8 there"),
+    ],
+)
+def test_attributes_that_do_not_fit_the_factory_are_refused(tmp_path: Path, attributes: dict, message: str) -> None:
+    save_sized(Sized(), tmp_path)
+    forged = checkpoint.Architecture.read(tmp_path).model_copy(update={"attributes": attributes})
+    signed = forged.model_copy(update={"sha256": forged.own_digest()})
+    (tmp_path / checkpoint.ARCHITECTURE).write_text(signed.model_dump_json())
+    with pytest.raises(InputError, match=message):
+        checkpoint.load(tmp_path, trust=["*"])
+
+
+@pytest.mark.parametrize("value", [0, -4, True, "4", 4.0, None])
+def test_an_attribute_is_a_positive_integer(tmp_path: Path, value: object) -> None:
+    save_sized(Sized(), tmp_path)
+    path = tmp_path / checkpoint.ARCHITECTURE
+    path.write_text(json.dumps({**json.loads(path.read_text()), "attributes": {"width": value}}))
+    with pytest.raises(InputError, match=r"damaged: attributes\.width"):
+        checkpoint.load(tmp_path)
+
+
+def test_a_digest_from_before_the_attributes_stays_valid(tmp_path: Path) -> None:
+    write(models.build("espalier:resnet20", in_channels=1, num_classes=10), tmp_path)
+    path = tmp_path / checkpoint.ARCHITECTURE
+    content = json.loads(path.read_text())
+    del content["attributes"], content["resize"]
+    path.write_text(json.dumps(content))
+    assert checkpoint.Architecture.read(tmp_path).attributes == {}
+
+
 def test_own_factory_needs_trust(tmp_path: Path) -> None:
     checkpoint.save(nn.Linear(2, 2), tmp_path, factory="my_models.nets:make", image_shape=(1, 1, 2))
     with pytest.raises(InputError, match="--trust"):

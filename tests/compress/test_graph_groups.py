@@ -280,3 +280,67 @@ def test_a_forward_pass_that_fails_in_training_anyway_freezes_only_what_breaks()
     assert list(graph.groups) == ["b"]
     (frozen,) = [frozen for frozen in graph.frozen if frozen.layers == ("a",)]
     assert frozen.reason.startswith("the forward pass does not follow its widths")
+
+
+def test_protect_keeps_every_tensor_of_a_module() -> None:
+    graph = trace(Residual(), IMAGE, protect=["a1"])
+    assert list(graph.groups) == ["a2"]  # the stream's channels are columns of a1's weight
+    assert Frozen(("stem", "a1", "b1", "b2"), "named in protect") in graph.frozen
+
+
+def test_tied_layers_go_together() -> None:
+    graph = trace(Residual(), IMAGE, tie=[("stem", "stem")])
+    assert graph.widths == {"stem": 4, "a1": 2, "a2": 3}
+    twins = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    graph = trace(twins, IMAGE, tie=[("0", "2")])
+    assert graph.widths == {"0": 4}
+    assert graph.groups["0"].positions(torch.tensor([1])).keys() == {
+        *(("0.weight", 0), ("0.bias", 0), ("2.weight", 0), ("2.weight", 1), ("2.bias", 0), ("4.weight", 1)),
+    }
+    keep_slices(twins, graph.remove({"0": torch.tensor([1, 2])}))
+    assert twins(torch.rand(1, 3, 7, 7)).shape == (1, 2, 7, 7)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"protect": ["stemm"]}, "protect names 'stemm', .* did you mean 'stem'"),
+        ({"tie": [("stem", "a3")]}, "tie names 'a3', but the model has no module"),
+        ({"tie": [("stem", "a1")]}, "4 and 2 channels"),
+        ({"tie": [("stem", "n1")]}, "'n1', which is no layer that makes channels"),
+        ({"tie": ["stem", "b1"]}, "must be pairs of layers"),
+        ({"attention": "all"}, "attention is 'all', but must be one of 'heads', 'widths', 'keep'"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        trace(Residual(), IMAGE, **options)
+
+
+def test_tied_weights_and_reused_modules_are_cut_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1), nn.Conv2d(4, 6, 1)
+            self.b.weight = self.a.weight
+            self.mix, self.head = nn.Conv2d(6, 6, 1, bias=False), nn.Linear(6, 2)
+            self.same = self.mix
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head(self.same(self.mix(self.a(x) + self.b(x))).mean((2, 3)))
+
+    model = Tied()
+    graph = trace(model, IMAGE)
+    assert graph.widths == {"stem": 4, "a": 6}
+    assert slots(graph, "stem") == {("stem.weight", 0), ("stem.bias", 0), ("a.weight", 1)}
+    assert slots(graph, "a") == {
+        *(("a.weight", 0), ("a.bias", 0), ("b.bias", 0), ("mix.weight", 0), ("mix.weight", 1), ("head.weight", 1)),
+    }
+    assert graph.uses["a.weight"] == graph.uses["mix.weight"] == 2 * 49
+    assert trace(model, IMAGE, ignore=["b"]).widths == trace(model, IMAGE, ignore=["a"]).widths == {"stem": 4}
+    assert trace(model, IMAGE, protect=["same"]).widths == {"stem": 4}
+    keep_slices(model, graph.remove({"stem": torch.tensor([1]), "a": torch.tensor([0, 5])}))
+    assert (model.b.in_channels, model.b.out_channels, model.same.in_channels) == (3, 4, 4)
+    assert model(torch.rand(2, 3, 7, 7)).shape == (2, 2)
+    assert trace(model, IMAGE).widths == {"stem": 3, "a": 4}

@@ -141,3 +141,28 @@ def test_group_norm_loses_whole_groups_or_channels_of_every_group() -> None:
     assert (norm.num_groups, norm.num_channels) == (2, 4)
     keep_slices(nn.Sequential(norm), {("0.weight", 0): torch.tensor([2, 3]), ("0.bias", 0): torch.arange(2)})
     assert (norm.num_groups, norm.num_channels) == (1, 2)
+
+
+class Tied(nn.Module):
+    """Two layers with one weight, a depthwise one with two names, and a norm between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.second.weight = self.first.weight
+        self.depthwise = nn.Conv2d(3, 3, 3, groups=3, padding=1)
+        self.again, self.norm = self.depthwise, nn.BatchNorm2d(3)
+
+
+def test_a_tensor_under_two_names_is_cut_once_and_known_in_both_places() -> None:
+    model = Tied()
+    keep = {("second.weight", 0): torch.tensor([0, 2]), ("second.bias", 0): torch.tensor([0, 2])}
+    keep |= {("again.weight", 0): torch.tensor([1, 2]), ("again.bias", 0): torch.tensor([1, 2])}
+    keep_slices(model, keep)
+    assert model.second.weight is model.first.weight
+    assert model.first.weight.shape == (2, 3, 1, 1)
+    assert (model.first.out_channels, model.second.out_channels) == (2, 2)
+    assert (model.depthwise.groups, model.depthwise.in_channels) == (2, 2)
+    assert set(kept_slices(model)) == {
+        *(("first.weight", 0), ("second.bias", 0), ("depthwise.weight", 0), ("depthwise.bias", 0)),
+    }
