@@ -14,7 +14,6 @@ from compress.graph import ChannelGraph, trace
 from compress.graph.part import trace_part
 from compress.graph.walk import Attention
 from compress.importance import Importance, Minibatch, build
-from compress.removal import keep_slices
 from compress.selection import select
 
 logger = logging.getLogger(__name__)
@@ -218,9 +217,7 @@ class Pruner:
 
     def _remove(self, removals: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None) -> None:
         widths = self.graph.widths
-        # The model first: it refuses before it changes anything.
-        keep_slices(self.model, self.graph.keep(removals), optimizer, self.graph.attributes)
-        self.graph.remove(removals)
+        self.graph.remove_from(self.model, removals, optimizer)
         self.importance.removed(removals, widths)
 
     def _report(self, event: Event) -> None:

@@ -11,7 +11,7 @@ from compress.errors import InputError
 
 
 def built(model: str, build: dict[str, Any], part: str | None, seed: int) -> nn.Module:
-    """The model, or its part, in evaluation mode.
+    """The model, or its part.
 
     Raises:
         InputError: there is no such model or part.
@@ -27,7 +27,7 @@ def built(model: str, build: dict[str, Any], part: str | None, seed: int) -> nn.
         whole = models.build(model, trust=[prefix], **build)  # whoever names code here wants it run
     if part is not None:
         whole = whole.get_submodule(part)
-    return randomised(whole).eval()
+    return randomised(whole)
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -71,6 +71,22 @@ class OneOutput(nn.Module):
             only: Tensor = outputs[0]
             return only
         return torch.cat([output.flatten(1) for output in outputs], dim=1)
+
+
+@torch.no_grad()
+def calibrated(model: nn.Module, batch: Tensor) -> nn.Module:
+    """The same model with the statistics of `batch` in its batch normalisations, without which values explode."""
+    momenta = {
+        module: module.momentum for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    }
+    if not momenta:
+        return model.eval()
+    for module in momenta:
+        module.momentum = 1.0
+    model.train()(batch)
+    for module, momentum in momenta.items():
+        module.momentum = momentum
+    return model.eval()
 
 
 def images(batch: int, size: int, seed: int) -> Tensor:

@@ -24,13 +24,19 @@ def macs(model: nn.Module, example_inputs: torch.Tensor | tuple[torch.Tensor, ..
         raise HarnessInputError("MACs are counted per image, but example_inputs holds none: give at least one.")
     fused_attention = torch.backends.mha.get_fastpath_enabled()
     modes = [(module, module.training) for module in model.modules()]
+    # The counter's hooks ask for the gradient function of every argument, which a parameter handed to a module has not.
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
     torch.backends.mha.set_fastpath_enabled(False)  # the counter does not know what is inside that one operator
     try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(*inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused_attention)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
         for module, training in modes:
             module.training = training
     return counter.get_total_flops() // (2 * inputs[0].shape[0])

@@ -22,7 +22,6 @@ from compress.importance import Minibatch
 from compress.importance.ablation import Ablation
 from compress.importance.comparison import build_all, score
 from compress.importance.oracle import combinatorial, greedy
-from compress.removal import keep_slices
 
 GROUP = "conv1"
 """LeNet3's first layer."""
@@ -108,7 +107,7 @@ def _one_by_one(name: str, model: nn.Module, graph: ChannelGraph, batches: Seque
     while graph.groups[GROUP].width > 1:
         built, _ = build_all([name], model, graph)
         scores, _ = score(model, built, batches)
-        keep_slices(model, graph.remove({GROUP: scores[name].values[GROUP].argmin()[None]}))
+        graph.remove_from(model, {GROUP: scores[name].values[GROUP].argmin()[None]})
         losses.append(_loss(model, batches))
     return losses
 
@@ -136,7 +135,7 @@ def _step_by_step(name: str, model: nn.Module, graph: ChannelGraph, batches: Seq
         built, _ = build_all([name], model, graph)
         scores, _ = score(model, built, batches)
         gone = round(share * total) - (total - sum(graph.widths.values()))
-        keep_slices(model, graph.remove(lowest(scores[name].values, gone)))
+        graph.remove_from(model, lowest(scores[name].values, gone))
         losses.append(_loss(model, batches))
     return losses
 

@@ -14,11 +14,11 @@ from math import gcd, lcm, prod
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.attributes import AttributeRule
 from compress.graph.walk import Constants, Walk
-from compress.removal import Slot
+from compress.removal import Slot, keep_slices
 
 
 @dataclass(frozen=True)
@@ -223,6 +223,21 @@ class ChannelGraph:
             if len(gone) or any((part.tensor, part.dim) in moved for part in group.slices):
                 self.groups[name] = _shrunk(group, gone, moved)
         return keep
+
+    def remove_from(
+        self, model: nn.Module, removals: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
+        """Take channels out of `model`, for real and in place, and out of this graph of it.
+
+        Args:
+            removals: group -> channels, int64.
+            optimizer: its state is cut alike.
+
+        Raises:
+            WorkError: a module, or the optimizer's state, cannot follow (`compress.removal.keep_slices`).
+        """
+        keep_slices(model, self.keep(removals), optimizer, self.attributes)
+        self.remove(removals)
 
     def without(self, names: Mapping[str, str]) -> ChannelGraph:
         """The graph with the groups `names` (name -> reason) frozen."""

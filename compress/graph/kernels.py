@@ -269,6 +269,12 @@ def settle(walk: Walk, kernel: Kernel, wide: Sequence[int], rank: int) -> Flow:
     return found
 
 
+def settled(walk: Walk, value: Any, flow: Flow) -> Any:
+    """A value that is added to `flow` as an activation."""
+    kernel, rank = _kernel(walk, value), flow.labels.dim()
+    return settle(walk, kernel, _wide([flow], rank), rank) if isinstance(kernel, Kernel) else walk.as_flow(value)
+
+
 @kernel_rule(aten.cat.default, aten.stack.default)
 def concatenate(walk: Walk, node: fx.Node, inputs: Sequence[Any], dim: int = 0) -> Flow:
     values = [_kernel(walk, value) for value in inputs]

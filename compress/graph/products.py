@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, fx
 
 from compress.graph.elementwise import add
-from compress.graph.flows import Flow
+from compress.graph.flows import Flow, Kernel, Weight
+from compress.graph.kernels import settled
 from compress.graph.labels import compact, spread, varying
 from compress.graph.rules import aten, rule
 from compress.graph.walk import Walk
@@ -161,12 +162,13 @@ def _batched(walk: Walk, node: fx.Node, first: Flow, second: Flow) -> Flow:
 
 @rule(aten.baddbmm.default)
 def add_batched_matmul(walk: Walk, node: fx.Node, added: Any, x: Any, y: Any, **_: Any) -> Flow:
-    added, first, second = _flows(walk, added, x, y)
-    return add(walk, node, _batched(walk, node, first, second), added)
+    first, second = _flows(walk, x, y)
+    result = _batched(walk, node, first, second)
+    return add(walk, node, result, settled(walk, added, result))
 
 
 @rule(aten.einsum.default)
-def einsum(walk: Walk, node: fx.Node, equation: str, operands: Sequence[Any], **_: Any) -> Flow:
+def einsum(walk: Walk, node: fx.Node, equation: str, operands: Sequence[Any], **__: Any) -> Flow:
     flows = _flows(walk, *operands)
     inputs, _, out = equation.replace(" ", "").partition("->")
     letters = inputs.split(",")
@@ -192,11 +194,11 @@ def attention(
     scale: float | None = None,
     **_: Any,
 ) -> Flow:
-    query, key, value, mask = _flows(walk, query, key, value, mask)
+    query, key, value = _flows(walk, query, key, value)
     leading = "abcdefgh"[: query.labels.dim() - 2]
     logits = product(walk, node, (query, key), (leading + "lk", leading + "sk"), leading + "ls")
-    if isinstance(mask, Flow):
-        logits = add(walk, node, logits, mask)
+    if isinstance(mask, Flow | Weight | Kernel):
+        logits = add(walk, node, logits, settled(walk, mask, logits))
     weights = Flow(logits.labels, logits.gates, vanishes=False)
     walk.note(str(node.target), (query.shape[-1] ** -0.5 if scale is None else scale,), query.labels)
     return product(walk, node, (weights, value), (leading + "ls", leading + "sv"), leading + "lv")

@@ -1,4 +1,4 @@
-"""Blocks of random networks beyond plain convolutions: attention in its many spellings, norms in groups, shared layers."""
+"""Blocks of random networks beyond plain convolutions: attention in many spellings, norms in groups, shared layers."""
 
 from collections.abc import Callable
 

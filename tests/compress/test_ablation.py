@@ -20,7 +20,6 @@ from compress.graph import ChannelGraph, trace
 from compress.importance import Minibatch, ablation
 from compress.importance.ablation import AblatedMinibatch, Ablation
 from compress.models import build
-from compress.removal import keep_slices
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
@@ -177,7 +176,7 @@ def test_a_channel_that_is_zero_is_a_channel_that_is_removed() -> None:
         losses = state.losses({name: masks})
         for channel, loss in enumerate(losses.tolist()):
             pruned = copy.deepcopy(model)
-            keep_slices(pruned, graph.copy().remove({name: torch.tensor([channel])}))
+            graph.copy().remove_from(pruned, {name: torch.tensor([channel])})
             with torch.no_grad():
                 assert loss == pytest.approx(float(one.loss(pruned(*one.inputs))), rel=1e-9)
 
@@ -190,7 +189,7 @@ def test_a_normalisation_without_scale_and_shift_is_no_place_for_a_gate() -> Non
         assert_losses(state, {name: some_singles(width, 3)}, one)
         for channel in range(width):
             pruned = copy.deepcopy(model)
-            keep_slices(pruned, graph.copy().remove({name: torch.tensor([channel])}))
+            graph.copy().remove_from(pruned, {name: torch.tensor([channel])})
             with torch.no_grad():
                 expected = float(one.loss(pruned(*one.inputs)))
             mask = 1 - F.one_hot(torch.tensor([channel]), width).double()

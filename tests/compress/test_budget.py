@@ -9,7 +9,6 @@ from compress import models
 from compress.budget import Budget, cost_model
 from compress.errors import InputError
 from compress.graph import trace
-from compress.removal import keep_slices
 
 
 def tiny() -> nn.Sequential:
@@ -77,7 +76,7 @@ def test_model_of_macs_is_what_torch_counts_after_a_removal(factory: str) -> Non
     removals = {
         name: torch.randperm(group.width)[: group.width // 3].sort().values for name, group in graph.groups.items()
     }
-    keep_slices(model, graph.remove(removals))
+    graph.remove_from(model, removals)
     assert macs.cost(graph.widths) == counted()
     assert parameters.cost(graph.widths) == sum(parameter.numel() for parameter in model.parameters())
 

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from compress.errors import InputError, WorkError
 from compress.graph import trace
 from compress.importance import Importance, build, criteria, criterion
-from compress.removal import keep_slices
 
 # --- options and registry --------------------------------------------------------------------------------------------
 
@@ -181,7 +180,7 @@ def test_scores_after_a_removal_are_those_of_the_smaller_network(name: str) -> N
     importance.observe(minibatch())
     importance.scores()
     removals, widths = {"stem": torch.tensor([0, 3]), "inner": torch.tensor([4])}, graph.widths
-    keep_slices(model, graph.remove(removals))
+    graph.remove_from(model, removals)
     importance.removed(removals, widths)
     with pytest.raises(WorkError, match="No minibatch was observed"):
         importance.scores()
@@ -198,7 +197,7 @@ def test_averages_of_removed_channels_go_and_those_of_the_others_stay() -> None:
     importance.observe(minibatch())
     before = importance.scores()
     removals, widths = {"stem": torch.tensor([0, 3])}, graph.widths
-    keep_slices(model, graph.remove(removals))
+    graph.remove_from(model, removals)
     importance.removed(removals, widths)
     importance.observe(minibatch())
     now = scores_of("oracle", model, graph)

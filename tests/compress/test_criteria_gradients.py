@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from compress.graph import trace
 from compress.importance import build
-from compress.removal import keep_slices
 
 # --- first order -----------------------------------------------------------------------------------------------------
 
@@ -175,7 +174,7 @@ def test_random_is_reproducible_and_a_channel_keeps_its_number() -> None:
     assert len(set(drawn.tolist())) == len(drawn)
     assert bool(((drawn >= 0) & (drawn < 1)).all())
     removals, widths = {"first": torch.tensor([1, 4]), "hidden": torch.tensor([0])}, graph.widths
-    keep_slices(model, graph.remove(removals))
+    graph.remove_from(model, removals)
     importance.removed(removals, widths)
     importance.observe()
     after = importance.scores()

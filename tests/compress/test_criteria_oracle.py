@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from compress.graph import ChannelGraph, trace
 from compress.importance import Minibatch, build
-from compress.removal import keep_slices
 
 SIGMOIDS = Spec(8, (("squeeze-excite", 4), ("sigmoid", 8), ("residual", 4), ("unit", 4)), "mean", seed=2)
 
@@ -27,7 +26,7 @@ def changes_by_removal(model: nn.Module, graph: ChannelGraph, one: Minibatch) ->
             found[name] = torch.zeros(width, dtype=torch.double)
             for channel in range(width):
                 pruned = copy.deepcopy(model)
-                keep_slices(pruned, graph.copy().remove({name: torch.tensor([channel])}))
+                graph.copy().remove_from(pruned, {name: torch.tensor([channel])})
                 found[name][channel] = one.loss(pruned(*one.inputs)) - whole
     return found
 

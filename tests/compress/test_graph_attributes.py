@@ -121,7 +121,7 @@ def test_an_attribute_that_is_read_follows(case: str) -> None:
     assert not [frozen for frozen in graph.frozen if frozen.reason != "output of the model"]
     for _ in range(2):  # a second removal starts from what the first one left
         removals = {name: torch.arange(0, group.width, 3) for name, group in graph.groups.items()}
-        keep_slices(model, graph.remove(removals), attributes=graph.attributes)
+        graph.remove_from(model, removals)
         assert model(torch.rand(2, 3, 6, 6)).shape == (2, 5)
     assert attributes_set(model) == {
         str(rule.attribute): int(rule.ratio * graph.sizes[rule.follows]) for rule in graph.attributes
@@ -142,7 +142,7 @@ def test_an_attribute_that_has_the_size_by_chance_stays() -> None:
     model = Net(Windowed())
     graph = trace(model, IMAGE)
     assert [str(rule.attribute) for rule in graph.attributes] == ["middle.hidden"]
-    keep_slices(model, graph.remove({"middle.conv": torch.arange(5)}), attributes=graph.attributes)
+    graph.remove_from(model, {"middle.conv": torch.arange(5)})
     assert (model.middle.window, model.middle.hidden, model.middle.unread) == (8, 3, 8)
     assert model(torch.rand(2, 3, 6, 6)).shape == (2, 5)
 
@@ -161,7 +161,7 @@ def test_layer_norm_by_function_reads_its_shape() -> None:
     model = Net(Normalising())
     graph = trace(model, IMAGE, embedding=True)
     assert [str(rule.attribute) for rule in graph.attributes] == ["middle.normalized_shape[0]"]
-    keep_slices(model, graph.remove({"stem": torch.arange(3)}), attributes=graph.attributes)
+    graph.remove_from(model, {"stem": torch.arange(3)})
     assert model.middle.normalized_shape == [5]
     assert model(torch.rand(2, 3, 6, 6)).shape == (2, 5)
 
@@ -172,7 +172,7 @@ def test_a_list_that_two_modules_hold_follows_in_each_for_itself() -> None:
     graph = trace(model, IMAGE)
     assert [str(rule.attribute) for rule in graph.attributes] == ["middle.0.sizes[0]", "middle.2.sizes[0]"]
     removals = {"stem": torch.arange(2), "middle.1": torch.arange(5)}
-    keep_slices(model, graph.remove(removals), attributes=graph.attributes)
+    graph.remove_from(model, removals)
     assert (model.middle[0].sizes, model.middle[2].sizes, sizes) == ([6, 6, 6], [3, 6, 6], [8, 6, 6])
     assert model(torch.rand(2, 3, 6, 6)).shape == (2, 5)
 

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from compress.errors import InputError
 from compress.graph import ChannelGraph, Frozen, Producer, trace
-from compress.removal import keep_slices
 
 IMAGE = torch.zeros(1, 3, 7, 7)
 
@@ -142,7 +141,7 @@ def test_dead_branch_is_not_touched() -> None:
     model = Dead()
     graph = trace(model, IMAGE)
     assert "dead" not in graph.groups
-    keep_slices(model, graph.remove({"a": torch.tensor([0, 3])}))
+    graph.remove_from(model, {"a": torch.tensor([0, 3])})
     assert model(torch.rand(2, 3, 7, 7)).shape == (2, 5)
 
 
@@ -234,7 +233,7 @@ def test_positions_move_along_with_removals() -> None:
 def test_the_graph_after_removals_is_that_of_the_smaller_network() -> None:
     model = Residual()
     graph = trace(model, IMAGE)
-    keep_slices(model, graph.remove({"stem": torch.tensor([0, 2]), "a2": torch.tensor([1])}))
+    graph.remove_from(model, {"stem": torch.tensor([0, 2]), "a2": torch.tensor([1])})
     again = trace(copy.deepcopy(model), IMAGE)
     assert again.widths == graph.widths
     assert again.sizes == graph.sizes
@@ -297,7 +296,7 @@ def test_tied_layers_go_together() -> None:
     assert graph.groups["0"].positions(torch.tensor([1])).keys() == {
         *(("0.weight", 0), ("0.bias", 0), ("2.weight", 0), ("2.weight", 1), ("2.bias", 0), ("4.weight", 1)),
     }
-    keep_slices(twins, graph.remove({"0": torch.tensor([1, 2])}))
+    graph.remove_from(twins, {"0": torch.tensor([1, 2])})
     assert twins(torch.rand(1, 3, 7, 7)).shape == (1, 2, 7, 7)
 
 
@@ -340,7 +339,7 @@ def test_tied_weights_and_reused_modules_are_cut_once() -> None:
     assert graph.uses["a.weight"] == graph.uses["mix.weight"] == 2 * 49
     assert trace(model, IMAGE, ignore=["b"]).widths == trace(model, IMAGE, ignore=["a"]).widths == {"stem": 4}
     assert trace(model, IMAGE, protect=["same"]).widths == {"stem": 4}
-    keep_slices(model, graph.remove({"stem": torch.tensor([1]), "a": torch.tensor([0, 5])}))
+    graph.remove_from(model, {"stem": torch.tensor([1]), "a": torch.tensor([0, 5])})
     assert (model.b.in_channels, model.b.out_channels, model.same.in_channels) == (3, 4, 4)
     assert model(torch.rand(2, 3, 7, 7)).shape == (2, 2)
     assert trace(model, IMAGE).widths == {"stem": 3, "a": 4}

@@ -57,7 +57,7 @@ def test_random_nets(spec: Spec, seed: int) -> None:
     removals = random_removals(graph, seed)
     expected = zeroed(model, graph, removals)(inputs())
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    keep_slices(model, graph.remove(removals))
+    graph.remove_from(model, removals)
     assert relative_error(model(inputs()), expected) < 1e-9
     assert (sum(p.numel() for p in model.parameters()) < parameters) == any(len(gone) for gone in removals.values())
 
@@ -70,7 +70,7 @@ def test_random_nets_of_any_block(spec: Spec, seed: int) -> None:
     assert not graph.operators_without_rule
     removals = random_removals(graph, seed)
     expected = zeroed(model, graph, removals)(inputs())
-    keep_slices(model, graph.remove(removals))
+    graph.remove_from(model, removals)
     assert relative_error(model(inputs()), expected) < 1e-9
 
 
@@ -102,7 +102,7 @@ def test_odd_blocks(kind: str) -> None:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     removals = {name: torch.arange(width // 2) for name, width in graph.widths.items()}
     expected = zeroed(model, graph, removals)(inputs())
-    keep_slices(model, graph.remove(removals))
+    graph.remove_from(model, removals)
     assert relative_error(model(inputs()), expected) < 1e-9
     assert sum(parameter.numel() for parameter in model.parameters()) < parameters
 
@@ -115,7 +115,7 @@ def test_one_removal_after_another(spec: Spec, seeds: list[int]) -> None:
     for seed in seeds:
         removals = random_removals(graph, seed)
         expected = zeroed(model, graph, removals)(inputs())
-        keep_slices(model, graph.remove(removals))
+        graph.remove_from(model, removals)
         assert relative_error(model(inputs()), expected) < 1e-9
 
 
@@ -157,7 +157,7 @@ def test_torchvision_families(name: str) -> None:
     with torch.no_grad():
         expected = zeroed(model, graph, removals)(images)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        keep_slices(model, graph.remove(removals))
+        graph.remove_from(model, removals)
         assert relative_error(model(images), expected) < 1e-5
     assert sum(parameter.numel() for parameter in model.parameters()) < parameters
 
@@ -173,7 +173,7 @@ def test_residual_group_keeps_the_same_indices_everywhere() -> None:
     assert makers == ["0.0.0", "1.second.0", "2.project.0", "3.body.2"]
     assert stream.consumers == ("1.first.0", "2.expand.0", "3.body.0.0", "4.reduce.0")
     gone = torch.tensor([0, 5, 6])
-    keep_slices(model, graph.remove({"0.0.0": gone}))
+    graph.remove_from(model, {"0.0.0": gone})
     kept = kept_slices(model)
     reads = {(f"{layer}.weight", 1) for layer in stream.consumers}
     makes = {(f"{layer}.weight", 0) for layer in makers}
@@ -189,7 +189,7 @@ def test_grouped_convolution_with_one_input_left_per_group_keeps_its_groups() ->
     for name in ("0", "1"):
         removals = {name: torch.tensor([1])}
         expected = zeroed(model, graph, removals)(inputs())
-        keep_slices(model, graph.remove(removals))
+        graph.remove_from(model, removals)
         assert relative_error(model(inputs()), expected) < 1e-9
     assert (model[1].groups, model[1].in_channels, model[1].out_channels) == (4, 4, 4)
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from compress.errors import InputError
 from compress.graph import ChannelGraph, Frozen, second_opinion, trace
-from compress.removal import keep_slices
 
 MODELS = {
     "resnet18": 64,
@@ -84,7 +83,7 @@ def test_what_is_left_after_the_trial_can_be_removed(spec: Spec) -> None:
     model = build(spec)
     graph = second_opinion.trace(model, inputs(1))
     for name, width in list(graph.widths.items()):
-        keep_slices(model, graph.remove({name: torch.arange(0, width - 1, 2)}))
+        graph.remove_from(model, {name: torch.arange(0, width - 1, 2)})
     assert model(inputs()).shape == (2, 5)
 
 
@@ -128,7 +127,7 @@ def test_model_that_export_refuses(branching: nn.Module) -> None:
     assert graph.uses == {"stem.weight": 16, "a.weight": 16, "b.weight": 16, "head.weight": 1}
     assert branching.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in branching.state_dict().items())
-    keep_slices(branching, graph.remove({"stem": torch.tensor([1, 2]), "a": torch.tensor([0])}))
+    graph.remove_from(branching, {"stem": torch.tensor([1, 2]), "a": torch.tensor([0])})
     assert branching(image.expand(2, -1, -1, -1)).shape == (2, 5)
 
 
