@@ -118,6 +118,14 @@ def add(walk: Walk, node: fx.Node, x: Any, y: Any, *_: Any, **__: Any) -> Flow:
     return Flow(combine(walk, x, y), x.gates | y.gates, x.vanishes and y.vanishes)
 
 
+@rule(aten.copy_.default)
+def copy(walk: Walk, node: fx.Node, x: Any, source: Any, *_: Any) -> Flow:
+    x, source = walk.as_flow(x), walk.as_flow(source)
+    if bool((compact(x.labels) == NO_CHANNEL).any()):
+        walk.freeze(source.labels, "written into a tensor of fixed size")
+    return Flow(combine(walk, x, source), x.gates | source.gates, x.vanishes and source.vanishes)
+
+
 @rule(aten.rsub.Scalar)
 def subtract_from(walk: Walk, node: fx.Node, x: Any, y: float, *_: Any) -> Flow:
     x = walk.as_flow(x)

@@ -153,7 +153,7 @@ def _standardise(walk: Walk, kernel: Kernel, labels: Tensor) -> None:
     if walk.embedding:
         walk.mix(labels, layer)
     else:
-        walk.freeze(labels, f"statistics of {kernel.name} over the channels that it reads")
+        walk.freeze(labels, "a computed weight is normalised over the channels that it reads")
 
 
 @kernel_rule(aten.batch_norm.default)

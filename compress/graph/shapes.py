@@ -24,8 +24,8 @@ VIEWS = (
     *(aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.reshape_as.default),
     *(aten.flatten.using_ints, aten.unflatten.int, aten.view_as.default, aten.ravel.default),
 )
+CUTS = (aten.slice.Tensor, aten.narrow.default, aten.select.int)
 SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
-_UNEQUAL = "cut into parts of unequal width, which nothing keeps at their places"
 
 
 @rule(*MOVES)
@@ -89,8 +89,14 @@ def parts_of(walk: Walk, node: fx.Node, labels: Tensor, *args: Any, **kwargs: An
             for part in parts[1:]:
                 walk.together(parts[0], part)
         else:
-            walk.whole(labels, dim, _UNEQUAL)
+            _unequal(walk, labels, dim)
     return parts
+
+
+def _unequal(walk: Walk, labels: Tensor, dim: int) -> None:
+    """Parts of unequal width: every part can lose channels if the forward pass then cuts there (the trial tells)."""
+    if len(varying(labels)) > 1:
+        walk.whole(labels, dim, "cut inside every head")
 
 
 @rule(aten.slice.Tensor, aten.narrow.default)
@@ -113,7 +119,7 @@ def cut(walk: Walk, node: fx.Node, x: Any, dim: int = 0, *args: Any, **kwargs: A
                     x.labels[(*every, slice(begin, None, step))], x.labels[(*every, slice(begin + 1, None, step))]
                 )
         else:
-            walk.whole(x.labels, dim, _UNEQUAL)
+            _unequal(walk, x.labels, dim)
     return x.moved(spread(labels, labels.shape))
 
 

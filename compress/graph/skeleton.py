@@ -90,6 +90,8 @@ class Skeleton:
 
     def multiply_adds(self) -> float:
         """Of one image: matrix products, convolutions and attention (`torch.utils.flop_counter`)."""
+        # The counter asks for the gradient function of every argument, which a parameter handed to a module has not.
+        self.model.requires_grad_(False)
         with FlopCounterMode(display=False) as counter:
             self.run()
         return counter.get_total_flops() / 2 / batch_size(self.inputs)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from compress.graph import shapes
 from compress.graph.capture import Capture
 from compress.graph.flows import Flow, Kernel, Weight
 from compress.graph.labels import NO_CHANNEL, compact
 from compress.graph.rules import KERNEL_RULES
 from compress.graph.walk import Walk
+
+_SEEN_THROUGH = {*shapes.MOVES, *shapes.VIEWS, *shapes.SPLITS, *shapes.CUTS, operator.getitem}
+"""Operators that return views."""
 
 
 def visit(walk: Walk, program: Capture, *, counting: bool = True) -> None:
@@ -59,7 +65,19 @@ def _call(walk: Walk, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         walk.note(str(node.target), numbers, *(leaf.labels for leaf in leaves if isinstance(leaf, Flow)))
     computed = any(isinstance(leaf, Kernel) or (isinstance(leaf, Weight) and len(leaf.axes) > 1) for leaf in leaves)
     rule = (KERNEL_RULES.get(node.target) if computed else None) or walk.rules.get(node.target)
-    return rule(walk, node, *args, **kwargs) if rule else _without_rule(walk, node, leaves)
+    result = rule(walk, node, *args, **kwargs) if rule else _without_rule(walk, node, leaves)
+    if isinstance(result, Flow) and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+        _change_seen_from(node.args[0], result, values)
+    return result
+
+
+def _change_seen_from(view: Any, changed: Flow, values: dict[fx.Node, Any]) -> None:
+    """What an operator changes in place is seen through the tensors that its argument is a view of."""
+    while isinstance(view, fx.Node) and view.op == "call_function" and view.target in _SEEN_THROUGH:
+        view = view.args[0]
+        flow = values.get(view)
+        if isinstance(flow, Flow):
+            values[view] = replace(flow, gates=flow.gates | changed.gates, vanishes=flow.vanishes and changed.vanishes)
 
 
 def _leaves(arguments: Any) -> list[Any]:

@@ -101,7 +101,7 @@ class Walk(Partition):
         take it as a `Kernel`.
         """
         if isinstance(value, Kernel):
-            return self.stuck(value, f"{value.name} is used outside a layer and has more than one axis")
+            return self.stuck(value, "combined with a parameter of several axes")
         if not isinstance(value, Weight):
             return value
         if len(value.axes) > 1:
