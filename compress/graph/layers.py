@@ -44,6 +44,10 @@ def convolution(walk: Walk, node: fx.Node, x: Any, weight: Any, bias: Any = None
         return computed(walk, node, "transposed convolution written as aten.convolution", x, weight, bias)
     if x.labels.dim() != len(weight.shape):
         return computed(walk, node, "convolution of an image without a batch axis", x, weight, bias)
+    if isinstance(weight, Kernel):
+        for labels in weight.axes:
+            if varying(labels) not in ([0], [1]):
+                walk.freeze(labels, "places of a filter")
     layer, (outputs, inputs), shape = layer_of(weight), weight.shape[:2], node.meta["val"].shape
     walk.use(weight, shape[0] * prod(shape[2:]))
     channels = walk.along(x.labels, 1)  # (C_in,)

@@ -59,8 +59,10 @@ def trace(
         if not broken:
             graph = replace(graph, attributes=attributes)
             break
-        for name, reason in broken.items():
-            logger.warning("the channels of %s are not pruned: %s", name, reason)
+        for reason in dict.fromkeys(broken.values()):
+            first, *more = [name for name in broken if broken[name] == reason]
+            others = f" and {len(more)} more" if more else ""
+            logger.warning("the channels of %s%s are not pruned: %s", first, others, reason)
         graph = graph.without(broken)
     for operator, nodes in graph.operators_without_rule.items():
         logger.warning("operator %s has no rule (%d uses): what it touches is not pruned", operator, len(nodes))

@@ -3,11 +3,13 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import one_hot
 
 from compress.errors import InputError, WorkError
@@ -36,6 +38,10 @@ class OnGates(Importance):
 
     def _expansion(self, minibatch: Minibatch) -> tuple[Tensor, Tensor]:
         """First and second derivative of the mean loss by each gate at 1, each (channels,) float64."""
+        with _twice_differentiable():
+            return self._derivatives(minibatch)
+
+    def _derivatives(self, minibatch: Minibatch) -> tuple[Tensor, Tensor]:
         if self._ablation is None:
             self._ablation = Ablation(self.model, self.graph, minibatch)
         state = self._ablation.on(minibatch)
@@ -57,6 +63,11 @@ class OnGates(Importance):
 
     def _widths_changed(self) -> None:
         self._ablation = None
+
+
+def _twice_differentiable() -> AbstractContextManager[None]:
+    """Attention as the operators that it consists of: PyTorch's fused kernels have no second derivative."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def _derivative(values: Tensor, factors: Tensor, *, create_graph: bool = False) -> Tensor:
@@ -230,7 +241,7 @@ def _hessian_vector(
     names = list(direction)
     _check_trainable({name: parameters[name] for name in names})
     chosen = [parameters[name] for name in names]
-    with aside(model), torch.enable_grad():
+    with aside(model), torch.enable_grad(), _twice_differentiable():
         loss = minibatch.loss(model(*minibatch.inputs))
         # Unused are the layers that run in training mode only: auxiliary heads.
         gradients = torch.autograd.grad(loss, chosen, create_graph=True, allow_unused=True, materialize_grads=True)
