@@ -84,6 +84,20 @@ class OnnxWork:
         return tuple(self.of(group) for group in self.graph.groups())
 
 
+def _without_shape(graph: Graph) -> list[str]:
+    return [name for node in graph.nodes for name in node.outputs if name not in graph.shapes]
+
+
+def _inferred_by_symbols(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Shapes by ONNX Runtime's inference, slower, which also follows values computed from shapes."""
+    from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference  # noqa: PLC0415  it loads sympy
+
+    try:
+        return SymbolicShapeInference.infer_shapes(model, auto_merge=True)
+    except Exception:  # noqa: BLE001  it fails with anything on operators that it does not know
+        return model
+
+
 def onnx_work(path: Path, batch_size: int) -> OnnxWork:
     """The work of an ONNX file on a batch of that size.
 
@@ -113,7 +127,10 @@ def onnx_work(path: Path, batch_size: int) -> OnnxWork:
             f"The shapes inside {path} cannot be inferred: {first_line(error)}; export it again."
         ) from error
     graph = Graph.of(inferred, sorted(names), outputs)
-    unknown = [name for node in graph.nodes for name in node.outputs if name not in graph.shapes]
+    unknown = _without_shape(graph)
+    if unknown:
+        graph = Graph.of(_inferred_by_symbols(model), sorted(names), outputs)
+        unknown = _without_shape(graph)
     if unknown:
         raise WorkError(
             f"The shape of {unknown[0]} in {path.name} cannot be inferred at batch {batch_size}, so the work of "

@@ -4,18 +4,18 @@ Such a value has a label for every axis of its stored tensor (`Kernel`). It ends
 (`compress.graph.layers`), or meets an activation, whose channels then lie along one of its axes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from compress.graph import elementwise, shapes
+from compress.graph import elementwise, positions, shapes
 from compress.graph.flows import Flow, Kernel, Weight
 from compress.graph.labels import NO_CHANNEL, blank, compact, spread, varying
 from compress.graph.rules import RULES, applied, aten, kernel_rule
-from compress.graph.walk import Walk
+from compress.graph.walk import Rule, Walk
 
 
 def _kernel(walk: Walk, value: Any) -> Any:
@@ -23,12 +23,27 @@ def _kernel(walk: Walk, value: Any) -> Any:
     return walk.kernel(value) if isinstance(value, Weight) and len(value.axes) > 1 else value
 
 
+def of_kernel(*operators: Any) -> Callable[[Rule], Rule]:
+    """`kernel_rule` for operators on one tensor: where that is no kernel (but a shape's pattern is) as always."""
+
+    def register(function: Rule) -> Rule:
+        @kernel_rule(*operators)
+        def dispatched(walk: Walk, node: fx.Node, x: Any, *args: Any, **kwargs: Any) -> Any:
+            kernel = _kernel(walk, x)
+            chosen = function if isinstance(kernel, Kernel) else RULES[node.target]
+            return chosen(walk, node, kernel, *args, **kwargs)
+
+        return function
+
+    return register
+
+
 # --- one kernel -----------------------------------------------------------------------------------------------------
 
 
-@kernel_rule(*elementwise.ZERO_STAYS_ZERO)
-def elementwise_linear(walk: Walk, node: fx.Node, x: Any, *_: Any, **__: Any) -> Kernel:
-    return _kernel(walk, x)
+@of_kernel(*elementwise.ZERO_STAYS_ZERO)
+def elementwise_linear(walk: Walk, node: fx.Node, kernel: Kernel, *_: Any, **__: Any) -> Kernel:
+    return kernel
 
 
 @kernel_rule(*elementwise.ZERO_BECOMES_OTHER, aten.clamp.default, aten.clamp_min.default, aten.pow.Tensor_Scalar)
@@ -37,24 +52,23 @@ def elementwise_other(walk: Walk, node: fx.Node, *args: Any, **__: Any) -> Kerne
     return replace(_kernel(walk, x), linear=False)
 
 
-@kernel_rule(*shapes.MOVES)
-def move(walk: Walk, node: fx.Node, x: Any, *args: Any, **kwargs: Any) -> Kernel:
-    return _each(_kernel(walk, x), node, lambda labels: applied(node, labels, *args, **kwargs))
+@of_kernel(*shapes.MOVES)
+def move(walk: Walk, node: fx.Node, kernel: Kernel, *args: Any, **kwargs: Any) -> Kernel:
+    return _each(kernel, node, lambda labels: applied(node, labels, *args, **kwargs))
 
 
-@kernel_rule(*shapes.VIEWS)
-def view(walk: Walk, node: fx.Node, x: Any, *_: Any, **__: Any) -> Kernel:
-    return _each(_kernel(walk, x), node, lambda labels: labels.reshape(node.meta["val"].shape))
+@of_kernel(*shapes.VIEWS)
+def view(walk: Walk, node: fx.Node, kernel: Kernel, *_: Any, **__: Any) -> Kernel:
+    return _each(kernel, node, lambda labels: labels.reshape(node.meta["val"].shape))
 
 
-@kernel_rule(aten.expand_as.default)
-def expand_as(walk: Walk, node: fx.Node, x: Any, *_: Any) -> Kernel:
-    return _each(_kernel(walk, x), node, lambda labels: labels.expand(node.meta["val"].shape))
+@of_kernel(aten.expand_as.default)
+def expand_as(walk: Walk, node: fx.Node, kernel: Kernel, *_: Any) -> Kernel:
+    return _each(kernel, node, lambda labels: labels.expand(node.meta["val"].shape))
 
 
-@kernel_rule(aten.slice.Tensor, aten.narrow.default, aten.select.int)
-def cut(walk: Walk, node: fx.Node, x: Any, dim: int = 0, *args: Any, **kwargs: Any) -> Kernel:
-    kernel = _kernel(walk, x)
+@of_kernel(aten.slice.Tensor, aten.narrow.default, aten.select.int)
+def cut(walk: Walk, node: fx.Node, kernel: Kernel, dim: int = 0, *args: Any, **kwargs: Any) -> Kernel:
     if node.meta["val"].shape == kernel.shape:
         return kernel
     for labels in kernel.axes:
@@ -63,10 +77,10 @@ def cut(walk: Walk, node: fx.Node, x: Any, dim: int = 0, *args: Any, **kwargs: A
     return _each(kernel, node, lambda labels: applied(node, labels, dim, *args, **kwargs))
 
 
-@kernel_rule(*shapes.SPLITS)
-def split(walk: Walk, node: fx.Node, x: Any, *args: Any, **kwargs: Any) -> list[Kernel]:
+@of_kernel(*shapes.SPLITS)
+def split(walk: Walk, node: fx.Node, kernel: Kernel, *args: Any, **kwargs: Any) -> list[Kernel]:
     """Queries, keys and values stacked in one weight."""
-    kernel, values = _kernel(walk, x), node.meta["val"]
+    values = node.meta["val"]
     parts = [shapes.parts_of(walk, node, labels, *args, **kwargs) for labels in kernel.axes]
     return [
         kernel.moved(tuple(spread(part, part.shape) for part in parts_here), value.shape)
@@ -74,11 +88,8 @@ def split(walk: Walk, node: fx.Node, x: Any, *args: Any, **kwargs: Any) -> list[
     ]
 
 
-@kernel_rule(aten.index.Tensor)
-def index(walk: Walk, node: fx.Node, x: Any, indices: Sequence[Any]) -> Any:
-    kernel = _kernel(walk, x)
-    if not isinstance(kernel, Kernel):  # the indices are a stored table
-        return shapes.index(walk, node, kernel, indices)
+@of_kernel(aten.index.Tensor)
+def index(walk: Walk, node: fx.Node, kernel: Kernel, indices: Sequence[Any]) -> Any:
     for chosen in indices:
         if chosen is not None:
             walk.freeze(walk.as_flow(chosen).labels, "numbers of positions")
@@ -88,9 +99,9 @@ def index(walk: Walk, node: fx.Node, x: Any, indices: Sequence[Any]) -> Any:
     return _each(kernel, node, lambda labels: shapes.indexed(node, labels))
 
 
-@kernel_rule(aten.upsample_bicubic2d.vec, aten.upsample_bilinear2d.vec, aten._upsample_bicubic2d_aa.vec)
-def resize(walk: Walk, node: fx.Node, x: Any, *_: Any, **__: Any) -> Kernel:
-    kernel, shape = _kernel(walk, x), node.meta["val"].shape
+@of_kernel(aten.upsample_bicubic2d.vec, aten.upsample_bilinear2d.vec, aten._upsample_bicubic2d_aa.vec)
+def resize(walk: Walk, node: fx.Node, kernel: Kernel, *_: Any, **__: Any) -> Kernel:
+    shape = node.meta["val"].shape
 
     def resized(labels: Tensor) -> Tensor:
         for dim in varying(labels):
@@ -111,22 +122,20 @@ def _each(kernel: Kernel, node: fx.Node, function: Any) -> Kernel:
 # --- statistics -----------------------------------------------------------------------------------------------------
 
 
-@kernel_rule(
-    *(aten.mean.dim, aten.mean.default, aten.sum.dim_IntList, aten.linalg_vector_norm.default, aten.amax.default),
-    *(aten.var.correction, aten.std.correction),
+@of_kernel(
+    *(aten.mean.dim, aten.mean.default, aten.sum.dim_IntList, aten.amax.default),
+    *(*positions.NORMS, *positions.DEVIATIONS),
 )
-def reduce(walk: Walk, node: fx.Node, x: Any, *args: Any, **kwargs: Any) -> Kernel:
-    kernel = _kernel(walk, x)
-    position = 1 if node.target is aten.linalg_vector_norm.default else 0
+def reduce(walk: Walk, node: fx.Node, kernel: Kernel, *args: Any, **kwargs: Any) -> Kernel:
+    position = 1 if node.target in positions.NORMS else 0
     dims = kwargs.get("dim", args[position] if len(args) > position else None)
     rank = len(kernel.shape)
     over = {dim % rank for dim in ([dims] if isinstance(dims, int) else dims or range(rank))}
     return _over(walk, node, kernel, over)
 
 
-@kernel_rule(aten.var_mean.correction, aten.std_mean.correction)
-def moments(walk: Walk, node: fx.Node, x: Any, dims: Any = None, **_: Any) -> tuple[Kernel, Kernel]:
-    kernel = _kernel(walk, x)
+@of_kernel(aten.var_mean.correction, aten.std_mean.correction)
+def moments(walk: Walk, node: fx.Node, kernel: Kernel, dims: Any = None, **_: Any) -> tuple[Kernel, Kernel]:
     rank = len(kernel.shape)
     over = {dim % rank for dim in (dims or range(rank))}
     shape = node.meta["val"][0].shape
@@ -156,12 +165,9 @@ def _standardise(walk: Walk, kernel: Kernel, labels: Tensor) -> None:
         walk.freeze(labels, "a computed weight is normalised over the channels that it reads")
 
 
-@kernel_rule(aten.batch_norm.default)
-def standardise(walk: Walk, node: fx.Node, x: Any, weight: Any, bias: Any, *_: Any, **__: Any) -> Any:
+@of_kernel(aten.batch_norm.default)
+def standardise(walk: Walk, node: fx.Node, kernel: Kernel, weight: Any, bias: Any, *_: Any, **__: Any) -> Any:
     """A weight standardised by batch normalisation, (1, outputs, inputs x kernel area)."""
-    kernel = _kernel(walk, x)
-    if not isinstance(kernel, Kernel):
-        return RULES[node.target](walk, node, x, weight, bias, *_, **__)
     gates = kernel.gates
     for labels in kernel.axes:
         if set(varying(labels)) - {1}:
@@ -176,10 +182,10 @@ def standardise(walk: Walk, node: fx.Node, x: Any, weight: Any, bias: Any, *_: A
     return replace(kernel, gates=gates, linear=False)
 
 
-@kernel_rule(aten._weight_norm.default, aten._weight_norm_interface.default)
-def weight_norm(walk: Walk, node: fx.Node, x: Any, scale: Any, dim: int = 0) -> Any:
+@of_kernel(aten._weight_norm.default, aten._weight_norm_interface.default)
+def weight_norm(walk: Walk, node: fx.Node, kernel: Kernel, scale: Any, dim: int = 0) -> Any:
     """g · v / |v|, with one norm for each position along `dim` (Salimans and Kingma 2016, arXiv 1602.07868)."""
-    kernel, scale = _kernel(walk, x), walk.as_flow(scale)
+    scale = walk.as_flow(scale)
     gates = kernel.gates
     for labels in kernel.axes:
         if set(varying(labels)) - {dim}:

@@ -76,20 +76,22 @@ def unfold(walk: Walk, node: fx.Node, x: Any, dim: int, size: int, step: int) ->
     return x.moved(labels[..., None].expand(shape))
 
 
-_EXACT = (aten.sum.dim_IntList, aten.linalg_vector_norm.default)
+NORMS = (aten.linalg_vector_norm.default, aten.linalg_norm.default, aten.norm.ScalarOpt_dim)
+DEVIATIONS = (aten.std.correction, aten.var.correction, aten.std.dim, aten.var.dim)
+_EXACT = (aten.sum.dim_IntList, *NORMS)
 """Reductions that lose nothing when a channel of zeros goes."""
 
 
 @rule(
-    *(aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.linalg_vector_norm.default),
-    *(aten.mean.default, aten.sum.default, aten.std.correction, aten.var.correction),
+    *(aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default),
+    *(aten.mean.default, aten.sum.default, *NORMS, *DEVIATIONS),
 )
 def reduce(walk: Walk, node: fx.Node, x: Any, *args: Any, **kwargs: Any) -> Flow:
     x = walk.as_flow(x)
-    position = 1 if node.target is aten.linalg_vector_norm.default else 0
+    position = 1 if node.target in NORMS else 0
     dims = kwargs.get("dim", args[position] if len(args) > position else None)
     axes = {dim % x.labels.dim() for dim in ([dims] if isinstance(dims, int) else dims or range(x.labels.dim()))}
-    labels, vanishes = x.labels, x.vanishes and node.target not in (aten.std.correction, aten.var.correction)
+    labels, vanishes = x.labels, x.vanishes and node.target not in DEVIATIONS
     over = axes & set(varying(labels))
     if over:
         heads = len(varying(labels)) > len(over) and walk.attention == "heads"
