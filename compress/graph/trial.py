@@ -19,7 +19,8 @@ from compress.removal import Slot, keep_slices
 
 _FRACTIONS = (0.2, 0.7)
 """Between these lies the part of a group's channels that the trial removes. It differs from group to group: equal parts
-of all groups would leave a tensor that is cut at a fraction of its width cut at the right place."""
+of all groups would leave a tensor that is cut at a fraction of its width cut at the right place. Groups that share a
+tensor's dimension take opposite ends, so that it does not differ by too little."""
 
 
 Rules = tuple[AttributeRule, ...]
@@ -51,8 +52,9 @@ class Trial:
         if failure is None:
             return self._with_siblings(broken), rules
         names = list(self.graph.groups)
-        for training in (False, True):  # what fails in training only is an auxiliary head
-            found = culprits(names, partial(self._fails, rules, training))
+        training = partial(Skeleton.run, training=True)  # what fails in training only is an auxiliary head
+        for check in (Skeleton.run, training, partial(self.walked, grouped=self.graph.grouped)):
+            found = culprits(names, partial(self._fails, rules, check))
             if found:
                 broken = self._with_siblings(dict.fromkeys(found, failure))
                 break
@@ -149,20 +151,26 @@ class Trial:
         """A skeleton, and its graph, without a random part of the channels of the named groups."""
         random = torch.Generator().manual_seed(0)
         low, high = _FRACTIONS
+        shared: dict[Slot, float] = {}
         removals = {}
         for name in names:
-            width = self.graph.groups[name].width
+            group = self.graph.groups[name]
+            width, slots = group.width, {(part.tensor, part.dim) for part in group.slices}
             fraction = low + (high - low) * float(torch.rand((), generator=random))
+            earlier = [shared[slot] for slot in slots if slot in shared]
+            if earlier:
+                fraction = high if earlier[0] < (low + high) / 2 else low
+            shared.update(dict.fromkeys(slots, fraction))
             count = max(1, min(width - 2, round(width * fraction)))  # of one channel left little can be seen
             removals[name] = torch.randperm(width, generator=random)[:count].sort().values
         skeleton, smaller = Skeleton.of(self.model, self.inputs), self.graph.copy()
         keep_slices(skeleton.model, smaller.remove(removals), attributes=rules)
         return skeleton, smaller
 
-    def _fails(self, rules: Rules, training: bool, names: Sequence[str]) -> bool:
-        """Whether the removal from the named groups, or the forward pass on what is left, breaks."""
+    def _fails(self, rules: Rules, check: Callable[[Skeleton], Any], names: Sequence[str]) -> bool:
+        """Whether the removal from the named groups, or what is checked of what is left, breaks."""
         try:
-            self._shrunk(names, rules)[0].run(training=training)
+            check(self._shrunk(names, rules)[0])
         except Exception:  # noqa: BLE001  a forward pass on wrong shapes fails in any way
             return True
         return False

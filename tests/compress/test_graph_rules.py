@@ -150,14 +150,10 @@ def test_a_part_ties_the_channels_that_it_leaves_out(part, tied: list[list[int]]
 @pytest.mark.parametrize(
     ("middle", "reason"),
     [
-        (
-            lambda x: x * x[:, :4].mean(1, keepdim=True),
-            "cut into parts of unequal width, which nothing keeps at their places",
-        ),
         (lambda x: x * x.select(1, 3).unsqueeze(1), "one channel is picked by its number"),
         (lambda x: x + x.roll(1, 1), "channels are rolled by a fixed number"),
     ],
-    ids=["unequal slice", "select", "roll"],
+    ids=["select", "roll"],
 )
 def test_channels_taken_by_their_number_stay(middle, reason: str) -> None:
     class Numbered(Net):
@@ -477,9 +473,22 @@ def test_split_at_a_fixed_place_freezes() -> None:
     assert "a" in reasons(graph)
 
 
+def test_channels_behind_an_unequal_slice_can_go() -> None:
+    class Leading(Net):
+        def __init__(self) -> None:
+            super().__init__(6)
+
+        def middle(self, x: Tensor) -> Tensor:
+            return x * x[:, :4].mean(1, keepdim=True)
+
+    graph = trace(Leading(), IMAGE)
+    assert positions(graph, "a")["a.weight", 0] == each(4, 5)
+    assert "over channels" in reasons(graph)["a"]
+
+
 @pytest.mark.parametrize("quarter", [4, 8])
-def test_unequal_split_by_shape_freezes(quarter: int) -> None:
-    """Nothing keeps the cut at a quarter of the width in its place, unless every group lost the same fraction."""
+def test_unequal_split_by_shape_removes_the_same_of_every_quarter(quarter: int) -> None:
+    """The cut at a quarter of the width stays in its place when every quarter loses the same channels."""
 
     class Quarter(Net):
         def __init__(self) -> None:
@@ -491,6 +500,24 @@ def test_unequal_split_by_shape_freezes(quarter: int) -> None:
             return self.b(x[:, : width // 4]) + self.c(x[:, width // 4 :])
 
     graph = trace(Quarter(), IMAGE)
+    assert graph.widths == {"a": quarter, "b": 5}
+    assert positions(graph, "a")["a.weight", 0][0] == [0, quarter, 2 * quarter, 3 * quarter]
+    assert positions(graph, "a")["c.weight", 1][0] == [0, quarter, 2 * quarter]
+
+
+def test_unequal_split_at_a_third_place_freezes() -> None:
+    """Nothing keeps the cut at two fifths of the width in its place, unless both parts lost the same fraction."""
+
+    class Fifths(Net):
+        def __init__(self) -> None:
+            super().__init__(20, head=5)
+            self.b, self.c = nn.Conv2d(8, 5, 1), nn.Conv2d(12, 5, 1)
+
+        def middle(self, x: Tensor) -> Tensor:
+            width = x.shape[1]
+            return self.b(x[:, : 2 * width // 5]) + self.c(x[:, 2 * width // 5 :])
+
+    graph = trace(Fifths(), IMAGE)
     assert list(graph.groups) == ["b"]
     assert "a" in reasons(graph)
 
