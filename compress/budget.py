@@ -144,4 +144,5 @@ def cost_model(quantity: Quantity, model: nn.Module, graph: ChannelGraph) -> Cos
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if quantity == "parameters":
         return TensorCost(graph, shapes, dict.fromkeys(shapes, 1.0))
-    return TensorCost(graph, shapes, graph.uses, graph.other_macs, graph.products)
+    uses = {name: count for name, count in graph.uses.items() if name in shapes}  # a buffer's are in `other_macs`
+    return TensorCost(graph, shapes, uses, graph.other_macs, graph.products)

@@ -1,11 +1,12 @@
 """A forward pass as a graph of ATen operators, recorded while it runs on fake tensors.
 
 What is recorded are the calls as the model makes them (`aten.conv2d`, `aten.batch_norm`, `aten.linear`), before PyTorch
-takes composite operators apart: what `torch.export` gives too, in a quarter of its time.
+takes composite operators apart: what `torch.export` gives too, in a quarter of its time. Modules that users describe
+themselves (`compress.graph.custom`) are recorded as one call each, whatever they call inside.
 """
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,50 @@ class Capture:
         return {self.parameters[node.name] for node in self.graph.nodes if node.name in self.parameters and node.users}
 
 
+Forwards = Mapping[nn.Module, Callable[..., Any]]
+"""Modules, and what is run when they are called."""
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """A module that is recorded as one call.
+
+    Attributes:
+        name: its qualified name.
+        module: of the model that was captured.
+        spec: how the arguments, (args, kwargs), are put together from their leaves.
+    """
+
+    name: str
+    module: nn.Module
+    spec: pytree.TreeSpec
+
+
+def module_call(call: ModuleCall, leaves: Sequence[Any], tensors: Mapping[str, Any]) -> Any:
+    """Target of the node of a `ModuleCall`, never run.
+
+    Args:
+        leaves: of the call's arguments.
+        tensors: the module's parameters and buffers by their names in it.
+    """
+    raise NotImplementedError
+
+
+@contextmanager
+def forwards_replaced(forwards: Forwards) -> Iterator[None]:
+    """Run these in place of the modules' own forward passes; hooks run as ever."""
+    own = {module: vars(module)["forward"] for module in forwards if "forward" in vars(module)}
+    for module, forward in forwards.items():
+        vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del vars(module)["forward"]
+        for module, forward in own.items():
+            vars(module)["forward"] = forward
+
+
 @contextmanager
 def without_fused_attention() -> Iterator[None]:
     """Let attention modules run as the operators that they consist of, not as the one that PyTorch has for all."""
@@ -50,8 +95,11 @@ def without_fused_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-def capture(model: nn.Module, mode: FakeTensorMode, inputs: Sequence[Any]) -> Capture:
+def capture(model: nn.Module, mode: FakeTensorMode, inputs: Sequence[Any], whole: Forwards) -> Capture:
     """Run `model`, whose tensors are fake ones of `mode`, on `inputs`, fake too, and record what it does.
+
+    Args:
+        whole: modules to be recorded as one call each.
 
     Raises:
         TypeError: it returns something in which tensors cannot be found.
@@ -62,8 +110,10 @@ def capture(model: nn.Module, mode: FakeTensorMode, inputs: Sequence[Any]) -> Ca
     buffers = recorder.placeholders(model.named_buffers())
     leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     given = recorder.placeholders((str(position), leaf) for position, leaf in enumerate(leaves))
+    names = {module: name for name, module in model.named_modules()}
+    recorded = {module: recorder.recorded(names[module], module, forward) for module, forward in whole.items()}
     # In inference mode composite operators arrive whole; otherwise autograd's part of PyTorch takes them apart first.
-    with torch.inference_mode(), without_fused_attention(), mode, recorder:
+    with torch.inference_mode(), without_fused_attention(), forwards_replaced(recorded), mode, recorder:
         outputs = model(*inputs)
     return Capture(recorder.finished(outputs), parameters, buffers, frozenset(given))
 
@@ -77,6 +127,7 @@ class _Recorder(TorchDispatchMode):
         self._makers: dict[int, fx.Node] = {}  # id of a tensor -> the node that made it, or changed it, last
         self._alive: list[Tensor] = []  # an id belongs to a tensor only while that lives
         self._first_call: fx.Node | None = None
+        self._inside = False  # a module that is recorded whole
 
     def placeholders(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
         """A node for each tensor, which was there before: name of the node -> name of the tensor."""
@@ -84,23 +135,49 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         arguments = (args, kwargs or {})
-        node_args, node_kwargs = pytree.tree_map_only(Tensor, self._maker, arguments)
+        nodes = pytree.tree_map_only(Tensor, self._maker, arguments) if not self._inside else None
         with torch.inference_mode(False), torch.no_grad():
             result = func(*args, **arguments[1])
+        if nodes is not None:
+            self._record(func, nodes, result, result)
+        return result
+
+    def recorded(self, name: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A forward pass of `module` that writes down one call."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:
+                return forward(*args, **kwargs)
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+            nodes = pytree.tree_map_only(Tensor, self._maker, (leaves, dict(tensors)))
+            self._inside = True
+            try:
+                result = forward(*args, **kwargs)
+            finally:
+                self._inside = False
+            self._record(
+                module_call, ((ModuleCall(name, module, spec), *nodes), {}), result, pytree.tree_leaves(result)
+            )
+            return result
+
+        return call
+
+    def _record(self, target: Any, arguments: Any, result: Any, parts: Any) -> None:
+        """Write down a call, and which node makes each of the `parts` of its result."""
         if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
-            return result  # a question about a tensor: its device, its size
-        node = self._graph.create_node("call_function", func, node_args, node_kwargs)
+            return  # a question about a tensor: its device, its size
+        node = self._graph.create_node("call_function", target, *arguments)
         node.meta["val"] = result
         self._first_call = self._first_call or node
         if isinstance(result, Tensor):
             self._made(result, node)
-        else:
-            for position, part in enumerate(result):
-                if isinstance(part, Tensor):
-                    item = self._graph.call_function(operator.getitem, (node, position))
-                    item.meta["val"] = part
-                    self._made(part, item)
-        return result
+            return
+        for position, part in enumerate(parts):
+            if isinstance(part, Tensor):
+                item = self._graph.call_function(operator.getitem, (node, position))
+                item.meta["val"] = part
+                self._made(part, item)
 
     def finished(self, outputs: Any) -> fx.Graph:
         """The graph with its output."""

@@ -3,7 +3,7 @@
 import copy
 import logging
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress.errors import InputError, first_line
-from compress.graph.capture import Capture, capture, without_fused_attention
+from compress.graph.capture import Capture, Forwards, capture, forwards_replaced, without_fused_attention
+from compress.graph.custom import described_forwards
 
 
 @dataclass(frozen=True)
@@ -62,22 +63,19 @@ class Skeleton:
         """
         try:
             with _quiet():
-                return capture(self.model.train(training), self.mode, self._inputs(training))
+                model = self.model.train(training)
+                return capture(model, self.mode, self._inputs(training), described_forwards(model))
         except Exception as error:  # it fails with anything that the model's forward can raise
             raise InputError(
-                f"The model cannot be captured as a graph: {self.cause(error)}; check that the example input fits, or "
-                "try graph='torch-pruning'."
+                f"The model cannot be captured as a graph: {self.cause(error)}; check that the example input fits, "
+                "describe the module (compress.graph.custom_layer), or try graph='torch-pruning'."
             ) from error
         finally:
             self.model.eval()
 
     def run(self, *, training: bool = False) -> Any:
         """One forward pass."""
-        try:
-            with torch.no_grad(), without_fused_attention(), self.mode, _quiet():
-                return self.model.train(training)(*self._inputs(training))
-        finally:
-            self.model.eval()
+        return self._run(described_forwards(self.model), training)
 
     def cause(self, error: BaseException) -> str:
         """What went wrong in a forward pass, and in which module."""
@@ -89,12 +87,30 @@ class Skeleton:
         return f"{first_line(error)}{where}"
 
     def multiply_adds(self) -> float:
-        """Of one image: matrix products, convolutions and attention (`torch.utils.flop_counter`)."""
+        """Of one image: matrix products, convolutions and attention (`torch.utils.flop_counter`).
+
+        Without those inside custom layers (`compress.graph.custom`), which the counter may not know.
+        """
         # The counter asks for the gradient function of every argument, which a parameter handed to a module has not.
         self.model.requires_grad_(False)
         with FlopCounterMode(display=False) as counter:
-            self.run()
-        return counter.get_total_flops() / 2 / batch_size(self.inputs)
+            inside = _Inside(counter.get_total_flops)
+            described = described_forwards(self.model)
+            self._run({module: inside.measured(forward) for module, forward in described.items()})
+        return (counter.get_total_flops() - inside.total) / 2 / batch_size(self.inputs)
+
+    @property
+    def described(self) -> set[str]:
+        """Names of the parameters inside custom layers."""
+        own = {id(tensor) for module in described_forwards(self.model) for tensor in module.parameters()}
+        return {name for name, tensor in self.model.named_parameters() if id(tensor) in own}
+
+    def _run(self, forwards: Forwards, training: bool = False) -> Any:
+        try:
+            with torch.no_grad(), without_fused_attention(), forwards_replaced(forwards), self.mode, _quiet():
+                return self.model.train(training)(*self._inputs(training))
+        finally:
+            self.model.eval()
 
     def _inputs(self, training: bool) -> tuple[Any, ...]:
         if not training:
@@ -102,6 +118,27 @@ class Skeleton:
         # Two images, for normalisation in training mode refuses a single value per channel.
         with self.mode:
             return pytree.tree_map_only(Tensor, lambda x: torch.cat([x, x]) if x.dim() else x, self.inputs)
+
+
+class _Inside:
+    """How far `count` gets inside forward passes, those that run inside others not counted twice."""
+
+    def __init__(self, count: Callable[[], float]) -> None:
+        self.total = 0.0
+        self._count = count
+        self._open = False
+
+    def measured(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if self._open:
+                return forward(*args, **kwargs)
+            before, self._open = self._count(), True
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.total, self._open = self.total + self._count() - before, False
+
+        return run
 
 
 @contextmanager

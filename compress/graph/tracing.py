@@ -103,7 +103,8 @@ def walked(skeleton: Skeleton, options: Options, grouped: frozenset[str] = froze
 def _first_walk(skeleton: Skeleton, options: Options) -> ChannelGraph:
     graph = walked(skeleton, options)
     sizes = {name: parameter.numel() for name, parameter in skeleton.model.named_parameters()}
-    weighted = sum(count * sizes[name] for name, count in graph.uses.items() if name in sizes)
+    counted = sizes.keys() - skeleton.described  # what is said of custom layers comes on top
+    weighted = sum(count * sizes[name] for name, count in graph.uses.items() if name in counted)
     weighted += sum(product.value(graph.widths) for product in graph.products)
     graph.other_macs = max(0.0, skeleton.multiply_adds() - weighted)
     return graph
