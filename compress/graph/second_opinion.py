@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch_pruning.dependency import Node
 
 from compress.errors import InputError, first_line
-from compress.graph.groups import ChannelGraph, groups_of
+from compress.graph.collection import groups_of
+from compress.graph.groups import ChannelGraph
 from compress.graph.numeric_trial import broken_groups
 from compress.graph.options import check_names, named
 from compress.graph.rules import RULES

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from compress.graph import operators  # noqa: F401  (fills the operator tables)
-from compress.graph.groups import ChannelGraph, groups_of
+from compress.graph.collection import groups_of
+from compress.graph.groups import ChannelGraph
 from compress.graph.options import Options
 from compress.graph.rules import RULES
 from compress.graph.skeleton import Skeleton
