@@ -49,7 +49,7 @@ def elementwise_linear(walk: Walk, node: fx.Node, kernel: Kernel, *_: Any, **__:
 @kernel_rule(*elementwise.ZERO_BECOMES_OTHER, aten.clamp.default, aten.clamp_min.default, aten.pow.Tensor_Scalar)
 def elementwise_other(walk: Walk, node: fx.Node, *args: Any, **__: Any) -> Kernel:
     x = next(arg for arg in args if isinstance(arg, Kernel | Weight))
-    return replace(_kernel(walk, x), linear=False)
+    return replace(_kernel(walk, x), linear=False, gates=frozenset())
 
 
 @of_kernel(*shapes.MOVES)
@@ -207,7 +207,7 @@ def weight_norm(walk: Walk, node: fx.Node, kernel: Kernel, scale: Any, dim: int 
 )
 def combine(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
     values = [_kernel(walk, arg) for arg in args]
-    flows = [value for value in values if isinstance(value, Flow) and bool((compact(value.labels) >= 0).any())]
+    flows = [value for value in values if isinstance(value, Flow) and not _stored(walk, value)]
     if flows:
         rank = node.meta["val"].dim()
         wide = _wide(flows, rank)
@@ -215,21 +215,28 @@ def combine(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
         return RULES[node.target](walk, node, *values, **kwargs)
     vectors = [walk.as_flow(value) for value in values if isinstance(value, Weight | Flow)]
     result = next(value for value in values if isinstance(value, Kernel))
-    shape, gates = node.meta["val"].shape, result.gates
-    multiplies = node.target in (aten.mul.Tensor, aten.mul_.Tensor, aten.div.Tensor)
+    shape = node.meta["val"].shape
     axes = [_aligned(labels, shape) for labels in result.axes]
-    for other in (value for value in values if isinstance(value, Kernel) and value is not result):
+    gates: frozenset[str] = frozenset()
+    for other in (value for value in values if isinstance(value, Kernel)):
         for labels in other.axes:
             _join_alike(walk, axes, _aligned(labels, shape))
         gates |= other.gates
     for vector in vectors:
         _join_alike(walk, axes, _aligned(vector.labels, shape))
-        gates |= vector.gates if multiplies and vector.vanishes else frozenset()
-    linear = result.linear and (multiplies or node.target in _SCALAR_PRODUCTS)
-    return replace(result, axes=tuple(axes), shape=shape, gates=gates, linear=linear)
+        gates |= vector.gates if vector.vanishes else frozenset()
+    if node.target in (aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar):
+        return replace(result, axes=tuple(axes), shape=shape, gates=gates)
+    if node.target in (aten.div.Tensor, aten.div.Scalar) and values[0] is result:
+        return replace(result, axes=tuple(axes), shape=shape)
+    return replace(result, axes=tuple(axes), shape=shape, gates=frozenset(), linear=False)
 
 
-_SCALAR_PRODUCTS = (aten.mul.Scalar, aten.div.Scalar)
+def _stored(walk: Walk, flow: Flow) -> bool:
+    """Whether it is a constant, or computed from vectors of parameters alone."""
+    if not bool((compact(flow.labels) != NO_CHANNEL).any()):
+        return True
+    return bool(flow.gates) and all([tensor for tensor, _ in walk.gates[gate]] == [gate] for gate in flow.gates)
 
 
 def _aligned(labels: Tensor, shape: Sequence[int]) -> Tensor:
