@@ -11,7 +11,7 @@ import typer
 
 import deploy.cli_deploy
 import deploy.cli_measure  # noqa: F401
-from deploy.cli_app import DataSource, Debug, Json, Trust, app
+from deploy.cli_app import DataSource, Debug, Json, Trust, app, given
 from deploy.console import command, emit, show
 
 if TYPE_CHECKING:
@@ -157,17 +157,60 @@ def report(
 
 @app.command()
 def inspect(
-    path: Annotated[
-        Path, typer.Argument(help="Checkpoint directory, ONNX file, plan or run directory.", metavar="PATH")
+    context: typer.Context,
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="Checkpoint directory, ONNX file, plan or run directory; for --groups a checkpoint, a run or a model "
+            "factory: torchvision:NAME, timm:NAME, espalier:NAME, package.module:function.",
+            metavar="TARGET",
+        ),
     ],
+    groups: Annotated[
+        bool, typer.Option("--groups", help="Trace the network: what of it can be pruned, what stays and why.")
+    ] = False,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="Sizes of an image that the network, or its part, is traced with.  \\[default: as the checkpoint or "
+            "timm says, else 3,224,224]",
+            metavar="C,H,W",
+        ),
+    ] = None,
+    attention: Annotated[
+        str, typer.Option(help="What of attention can go: heads, widths (channels of all heads) or keep.")
+    ] = "heads",
+    embedding: Annotated[
+        bool, typer.Option("--embedding", help="Also channels that a normalisation mixes with others.")
+    ] = False,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODULE", help="Module whose output channels stay; repeatable."),
+    ] = None,
+    protect: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODULE", help="Module none of whose tensors is cut; repeatable."),
+    ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE", help="Submodule that alone is traced, such as a detector's backbone."),
+    ] = None,
+    trust: Trust = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a checkpoint, an ONNX file, a plan or a run directory holds, and check its hashes."""
+    """Show what a checkpoint, an ONNX file, a plan or a run holds, or the channel groups of a network."""
     with command(debug=debug):
-        from deploy import inspection
+        from compress.errors import InputError
+        from deploy import inspection, inspection_groups
 
-        found = inspection.inspect(path)
+        options = given(context, "attention", "embedding", "ignore", "protect", "part")
+        if groups:
+            found = inspection_groups.inspect_groups(target, shape=shape, trust=trust or (), options=options)
+        elif only := [f"--{name}" for name in (*options, *given(context, "shape", "trust"))]:
+            raise InputError(f"{' and '.join(only)} needs --groups: add it, or leave {' and '.join(only)} out.")
+        else:
+            found = inspection.inspect(Path(target))
         if json:
             emit(found)
         else:

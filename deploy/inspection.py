@@ -1,6 +1,7 @@
 """What a checkpoint, an ONNX file, a plan or a run directory holds. Nothing of it is executed, no model is built.
 
-`inspect` gives JSON values, whose `kind` says of what; `tables` shows them on a terminal.
+`inspect` gives JSON values, whose `kind` says of what; `tables` shows them on a terminal, also those of
+`deploy.inspection_groups`.
 """
 
 import json
@@ -21,7 +22,7 @@ from benchmarks.harness.tables import summary
 from compress import checkpoint
 from compress.errors import InputError
 from compress.files import sha256
-from deploy import manifest
+from deploy import inspection_groups_views, manifest
 from deploy.engine import SUFFIX as PLAN
 from deploy.metadata import decode
 from deploy.onnx_file import SUFFIX, onnx_specs, read_onnx
@@ -39,7 +40,8 @@ def inspect(path: Path) -> dict[str, Any]:
     path = Path(path)
     if not path.exists():
         raise InputError(
-            f"{path} does not exist: give a checkpoint directory, an ONNX file, a plan or a run directory."
+            f"{path} does not exist: give a checkpoint directory, an ONNX file, a plan or a run directory; with "
+            "--groups also a model factory, such as torchvision:resnet50."
         )
     if path.is_file():
         if path.suffix not in (SUFFIX, PLAN):
@@ -56,8 +58,14 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def tables(found: Mapping[str, Any]) -> list[RenderableType]:
-    """What `inspect` found, for the terminal."""
-    shown = {"checkpoint": _checkpoint_tables, "onnx": _onnx_tables, "plan": _plan_tables, "run": _run_tables}
+    """What `inspect`, or `inspection_groups.inspect_groups`, found, for the terminal."""
+    shown = {
+        "checkpoint": _checkpoint_tables,
+        "groups": inspection_groups_views.tables,
+        "onnx": _onnx_tables,
+        "plan": _plan_tables,
+        "run": _run_tables,
+    }
     return shown[found["kind"]](found)
 
 
