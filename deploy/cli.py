@@ -11,7 +11,7 @@ import typer
 
 import deploy.cli_deploy
 import deploy.cli_measure  # noqa: F401
-from deploy.cli_app import DataSource, Debug, Json, Trust, app, given
+from deploy.cli_app import DataSource, Debug, Json, Trust, app
 from deploy.console import command, emit, show
 
 if TYPE_CHECKING:
@@ -157,7 +157,6 @@ def report(
 
 @app.command()
 def inspect(
-    context: typer.Context,
     target: Annotated[
         str,
         typer.Argument(
@@ -178,8 +177,13 @@ def inspect(
         ),
     ] = None,
     attention: Annotated[
-        str, typer.Option(help="What of attention can go: heads, widths (channels of all heads) or keep.")
-    ] = "heads",
+        str | None,
+        typer.Option(
+            help="What of attention can go: heads, widths (channels of all heads) or keep.  \\[default: heads, or what "
+            "the run's recipe says, as for all of these]",
+            metavar="WHAT",
+        ),
+    ] = None,
     embedding: Annotated[
         bool, typer.Option("--embedding", help="Also channels that a normalisation mixes with others.")
     ] = False,
@@ -204,11 +208,13 @@ def inspect(
         from compress.errors import InputError
         from deploy import inspection, inspection_groups
 
-        options = given(context, "attention", "embedding", "ignore", "protect", "part")
+        options = {"attention": attention, "embedding": embedding, "ignore": ignore, "protect": protect, "part": part}
+        given = {name: value for name, value in options.items() if value}
         if groups:
-            found = inspection_groups.inspect_groups(target, shape=shape, trust=trust or (), options=options)
-        elif only := [f"--{name}" for name in (*options, *given(context, "shape", "trust"))]:
-            raise InputError(f"{' and '.join(only)} needs --groups: add it, or leave {' and '.join(only)} out.")
+            found = inspection_groups.inspect_groups(target, shape=shape, trust=trust or (), options=given)
+        elif given or shape or trust:
+            names = [*given, *(["shape"] if shape else []), *(["trust"] if trust else [])]
+            raise InputError(f"--{' and --'.join(names)}: of use with --groups only; add that, or leave it out.")
         else:
             found = inspection.inspect(Path(target))
         if json:

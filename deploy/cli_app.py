@@ -43,9 +43,3 @@ Threads = Annotated[
 
 def listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def given(context: typer.Context, *names: str) -> dict[str, Any]:
-    """Those of the command's parameters that stand on the command line, with their values."""
-    sources = {name: context.get_parameter_source(name) for name in names}
-    return {name: context.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}

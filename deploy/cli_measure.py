@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from deploy.cli_app import Debug, Json, Threads, Trust, app, given, listed
+from deploy.cli_app import Debug, Json, Threads, Trust, app, listed
 from deploy.console import command, emit, show
 
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
@@ -182,11 +182,13 @@ def compare(
         from compress.errors import InputError
         from deploy import comparing_results
 
-        def options(*names: str) -> list[str]:
-            return [f"--{name.replace('_', '-')}" for name in given(context, *names)]
+        def given(*names: str) -> list[str]:
+            sources = {name: context.get_parameter_source(name) for name in names}
+            written = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+            return [f"--{name.replace('_', '-')}" for name in written]
 
         if comparing_results.are_results(checkpoint, artefacts):
-            of_files = options("data", "samples", "device", "runtime", "first_layer", "trust_manifest", "trust")
+            of_files = given("data", "samples", "device", "runtime", "first_layer", "trust_manifest", "trust")
             comparing_results.refuse_options(of_files, form="CHECKPOINT FILES")
             regression, judgement = comparing_results.compare_documents(checkpoint, artefacts[0], fail_on or ())
             if json:
@@ -198,7 +200,7 @@ def compare(
             comparing_results.require(judgement)
             return
 
-        comparing_results.refuse_options(options("fail_on"), form="OLD.json NEW.json")
+        comparing_results.refuse_options(given("fail_on"), form="OLD.json NEW.json")
         if data is None:
             raise InputError("--data is missing: say which images the files are compared on, such as --data digits.")
         from deploy import comparing

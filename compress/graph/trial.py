@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compress.attributes import AttributeRule, set_values
 from compress.errors import InputError, WorkError, first_line
@@ -120,26 +121,27 @@ class Trial:
         """Groups that a walk over the smaller network does not find again: name -> why they must be frozen."""
         again = self.walked(skeleton, grouped=self.graph.grouped)
         found = _numbered(again)
-        owner: dict[int, str] = {}
-        tied: dict[int, set[int]] = {}  # channel of the new walk -> channels that were expected at its positions
-        broken: set[str] = set()
-        for slot, expected in _numbered(smaller, owner).items():
+        names = list(smaller.groups)
+        owner = np.repeat(np.arange(len(names)), list(smaller.widths.values()))  # (channels,) index of the group
+        broken = np.zeros(len(names), dtype=bool)
+        pairs = []
+        for slot, expected in _numbered(smaller).items():
             actual = found.get(slot)
             if actual is None or len(actual) != len(expected):
-                lost = expected.unique().tolist()
-            else:
-                pairs = torch.stack([expected, actual]).unique(dim=1).T.tolist()
-                lost = [one for one, other in pairs if other < 0]
-                for one, other in pairs:
-                    if other >= 0:
-                        tied.setdefault(other, set()).add(one)
-            # The last channel of a group stays in any case, and an axis of size 1 is none.
-            broken.update(owner[one] for one in lost if one in owner and smaller.groups[owner[one]].width > 1)
+                actual = np.full(len(expected), -1)
+            pairs.append(np.stack([expected, actual]))
+        expected, actual = np.concatenate(pairs, axis=1) + 1  # 0 is frozen
+        every = actual.max() + 1
+        expected, actual = np.divmod(np.unique(expected * every + actual), every)
+        # The last channel of a group stays in any case, and an axis of size 1 is none.
+        several = np.array([group.width > 1 for group in smaller.groups.values()])
+        broken[owner[expected[(actual == 0) & (expected > 0)] - 1]] = True
+        broken &= several
         # Fewer ties than expected do no harm: an axis that shrank to 1 ties nothing.
-        for ones in tied.values():
-            if len(ones) > 1:
-                broken.update(owner[one] for one in ones if one in owner)
-        reasons = dict.fromkeys(broken, "after a removal the forward pass cuts its tensors at other places")
+        tied = (actual > 0) & (expected > 0) & (np.bincount(actual)[actual] > 1)
+        broken[owner[expected[tied] - 1]] = True
+        cut = "after a removal the forward pass cuts its tensors at other places"
+        reasons = {name: cut for name, is_broken in zip(names, broken, strict=True) if is_broken}
         before, after = _numbers(self.graph), _numbers(again)
         for name in before.keys() & after.keys():
             gone, come = before[name] - after[name], after[name] - before[name]
@@ -176,17 +178,15 @@ class Trial:
         return False
 
 
-def _numbered(graph: ChannelGraph, owner: dict[int, str] | None = None) -> dict[Slot, Tensor]:
-    """(tensor, dim) -> a number for the channel at each position, -1 for frozen; `owner` receives number -> group."""
-    numbers: dict[Slot, Tensor] = {}
+def _numbered(graph: ChannelGraph) -> dict[Slot, np.ndarray]:
+    """(tensor, dim) -> a number for the channel at each position, group after group, -1 for frozen."""
+    numbers: dict[Slot, np.ndarray] = {}
     start = 0
-    for name, group in graph.groups.items():
+    for group in graph.groups.values():
         for part in group.slices:
             slot = (part.tensor, part.dim)
-            line = numbers.setdefault(slot, torch.full((graph.sizes[slot],), -1))
-            line[part.positions] = start + part.channels
-        if owner is not None:
-            owner.update(dict.fromkeys(range(start, start + group.width), name))
+            line = numbers.setdefault(slot, np.full(graph.sizes[slot], -1))
+            line[part.positions.numpy()] = start + part.channels.numpy()
         start += group.width
     return numbers
 
