@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,7 +25,8 @@ class Capture:
 
     Attributes:
         graph: placeholders for parameters, buffers, inputs and constants, operators in the order of their calls, one
-            output. A node's value, a fake tensor or a sequence of them, is its `meta["val"]`.
+            output. A node's value, a fake tensor or a sequence of them, is its `meta["val"]`; its `meta["module"]`
+            names the module in whose forward pass it stands.
         parameters, buffers: placeholder -> name of the tensor. A tensor under several names goes by the first.
         inputs: placeholders of the example inputs.
     """
@@ -112,9 +114,15 @@ def capture(model: nn.Module, mode: FakeTensorMode, inputs: Sequence[Any], whole
     given = recorder.placeholders((str(position), leaf) for position, leaf in enumerate(leaves))
     names = {module: name for name, module in model.named_modules()}
     recorded = {module: recorder.recorded(names[module], module, forward) for module, forward in whole.items()}
+    enter, leave = recorder.enter(names), recorder.leave
     # In inference mode composite operators arrive whole; otherwise autograd's part of PyTorch takes them apart first.
-    with torch.inference_mode(), without_fused_attention(), forwards_replaced(recorded), mode, recorder:
-        outputs = model(*inputs)
+    hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+    try:
+        with torch.inference_mode(), without_fused_attention(), forwards_replaced(recorded), mode, recorder:
+            outputs = model(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return Capture(recorder.finished(outputs), parameters, buffers, frozenset(given))
 
 
@@ -128,10 +136,23 @@ class _Recorder(TorchDispatchMode):
         self._alive: list[Tensor] = []  # an id belongs to a tensor only while that lives
         self._first_call: fx.Node | None = None
         self._inside = False  # a module that is recorded whole
+        self._modules = [""]  # whose forward passes are open, the innermost last
 
     def placeholders(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
         """A node for each tensor, which was there before: name of the node -> name of the tensor."""
         return {self._placeholder(tensor).name: name for name, tensor in tensors}
+
+    def enter(self, names: Mapping[nn.Module, str]) -> Callable[..., None]:
+        """A hook that notes whose forward pass begins."""
+
+        def hook(module: nn.Module, _: Any) -> None:
+            self._modules.append(names.get(module, self._modules[-1]))
+
+        return hook
+
+    def leave(self, *_: Any) -> None:
+        """A hook that notes that the innermost forward pass ends."""
+        self._modules.pop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         arguments = (args, kwargs or {})
@@ -168,7 +189,7 @@ class _Recorder(TorchDispatchMode):
         if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
             return  # a question about a tensor: its device, its size
         node = self._graph.create_node("call_function", target, *arguments)
-        node.meta["val"] = result
+        node.meta |= {"val": result, "module": self._modules[-1]}
         self._first_call = self._first_call or node
         if isinstance(result, Tensor):
             self._made(result, node)
@@ -198,7 +219,7 @@ class _Recorder(TorchDispatchMode):
         else:
             with self._graph.inserting_before(self._first_call):
                 node = self._graph.placeholder(f"constant_{len(self._alive)}")
-        node.meta["val"] = tensor
+        node.meta |= {"val": tensor, "module": self._modules[-1]}
         self._made(tensor, node)
         return node
 

@@ -13,8 +13,9 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from compress.graph.groups import ChannelGraph, Constant, Frozen, Group, Producer, Product, Size, Slices
-from compress.graph.walk import Constants, Walk
+from compress.graph.comparison import Trail
+from compress.graph.groups import ChannelGraph, Frozen, Group, Producer, Product, Size, Slices
+from compress.graph.walk import Walk
 from compress.removal import Slot
 
 
@@ -58,6 +59,7 @@ class _Collection:
         names: dict[str, int] = defaultdict(int)
         groups: dict[str, Group] = {}
         group_of: dict[int, str] = {}
+        members: list[tuple[int, str, int]] = []
         for rows in self._alike():
             group, channels = self._group(rows)
             names[group.name] += 1
@@ -65,6 +67,7 @@ class _Collection:
                 group = replace(group, name=f"{group.name}#{names[group.name]}")
             groups[group.name] = group
             group_of.update(dict.fromkeys(channels.tolist(), group.name))
+            members += [(one, group.name, number) for number, one in enumerate(channels.tolist())]
         return ChannelGraph(
             groups,
             self._frozen_layers(),
@@ -74,7 +77,7 @@ class _Collection:
                 Product(coefficient, tuple(_size(classes[axis.numpy()], group_of, groups) for axis in axes))
                 for coefficient, axes in walk.products
             ),
-            tuple(_constant(one, classes, group_of) for one in walk.constants),
+            Trail(tuple(walk.steps), classes, tuple(members)),
             operators_without_rule=dict(walk.unknown),
             grouped=frozenset(walk.grouped),
         )
@@ -172,10 +175,3 @@ def _size(axis: np.ndarray, group_of: Mapping[int, str], groups: Mapping[str, Gr
         if len(set(copies)) == 1 and len(copies) == groups[name].width
     )
     return Size(len(axis) - sum(copies * groups[name].width for name, copies in parts), parts)
-
-
-def _constant(constants: Constants, classes: np.ndarray, group_of: Mapping[int, str]) -> Constant:
-    touched = np.unique(classes[constants.labels.numpy()]).tolist()
-    return Constant(
-        constants.operator, constants.values, frozenset(group_of[one] for one in touched if one in group_of)
-    )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.attributes import AttributeRule
+from compress.graph.comparison import Trail
 from compress.removal import Slot, keep_slices
 
 
@@ -132,6 +133,11 @@ class Size:
         """The size at these widths of the groups."""
         return self.fixed + sum(copies * widths[group] for group, copies in self.parts)
 
+    def without(self, widths: Mapping[str, int]) -> Size:
+        """The same with groups that stay at these widths."""
+        stays = sum(copies * widths[group] for group, copies in self.parts if group in widths)
+        return Size(self.fixed + stays, tuple(part for part in self.parts if part[0] not in widths))
+
 
 @dataclass(frozen=True)
 class Product:
@@ -145,18 +151,13 @@ class Product:
         """The groups on whose widths it depends."""
         return frozenset(group for size in self.sizes for group, _ in size.parts)
 
+    def without(self, widths: Mapping[str, int]) -> Product:
+        """The same with groups that stay at these widths."""
+        return replace(self, sizes=tuple(size.without(widths) for size in self.sizes))
+
     def value(self, widths: Mapping[str, int]) -> float:
         """The cost at these widths of the groups."""
         return self.coefficient * prod(size.value(widths) for size in self.sizes)
-
-
-@dataclass(frozen=True)
-class Constant:
-    """Numbers that an operator is given, and the groups whose channels it works on."""
-
-    operator: str
-    values: tuple[float, ...]
-    groups: frozenset[str]
 
 
 @dataclass
@@ -169,7 +170,7 @@ class ChannelGraph:
         sizes: size of every tensor dimension that the groups touch, now.
         uses: tensor -> multiply-adds that each of its elements takes part in, for one image.
         products: multiply-adds of one image in products of activations, as the groups' widths decide them.
-        constants: numbers in the forward pass that must not change when channels go.
+        trail: the operators, with the channels at every place; empty once the graph stood its trial.
         other_macs: multiply-adds of one image that are neither in `uses` nor in `products`.
         operators_without_rule: operator -> the nodes of the exported graph at which it stands.
         attributes: what the forward pass reads from attributes and must follow a removal.
@@ -182,7 +183,7 @@ class ChannelGraph:
     sizes: dict[Slot, int]
     uses: dict[str, float]
     products: tuple[Product, ...] = ()
-    constants: tuple[Constant, ...] = ()
+    trail: Trail = field(default_factory=Trail, repr=False)
     other_macs: float = 0.0
     operators_without_rule: dict[str, list[str]] = field(default_factory=dict)
     grouped: frozenset[str] = frozenset()
@@ -242,7 +243,13 @@ class ChannelGraph:
         for name, reason in names.items():
             group = self.groups[name]
             frozen.append(Frozen(tuple(producer.layer for producer in group.producers) or (group.name,), reason))
-        return replace(self, groups={n: g for n, g in self.groups.items() if n not in names}, frozen=frozen)
+        stay = {name: self.groups[name].width for name in names}
+        return replace(
+            self,
+            groups={name: group for name, group in self.groups.items() if name not in names},
+            frozen=frozen,
+            products=tuple(product.without(stay) for product in self.products),
+        )
 
 
 def _shrunk(group: Group, gone: Tensor, moved: Mapping[Slot, Tensor]) -> Group:

@@ -84,7 +84,6 @@ def prefixed(graph: ChannelGraph, part: str) -> ChannelGraph:
         sizes={slot(at): length for at, length in graph.sizes.items()},
         uses={full(name): count for name, count in graph.uses.items()},
         products=tuple(replace(one, sizes=tuple(map(size, one.sizes))) for one in graph.products),
-        constants=tuple(replace(one, groups=frozenset(map(full, one.groups))) for one in graph.constants),
         grouped=frozenset(map(full, graph.grouped)),
         attributes=tuple(
             replace(

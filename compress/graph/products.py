@@ -200,5 +200,5 @@ def attention(
     if isinstance(mask, Flow | Weight | Kernel):
         logits = add(walk, node, logits, settled(walk, mask, logits))
     weights = Flow(logits.labels, logits.gates, vanishes=False)
-    walk.note(str(node.target), (query.shape[-1] ** -0.5 if scale is None else scale,), query.labels)
+    walk.noted.append(query.shape[-1] ** -0.5 if scale is None else scale)
     return product(walk, node, (weights, value), (leading + "ls", leading + "sv"), leading + "lv")

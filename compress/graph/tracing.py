@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from compress.graph import operators  # noqa: F401  (fills the operator tables)
 from compress.graph.collection import groups_of
+from compress.graph.comparison import Trail
 from compress.graph.groups import ChannelGraph
 from compress.graph.options import Options
 from compress.graph.rules import RULES
@@ -67,7 +68,7 @@ def trace(
         graph = graph.without(broken)
     for operator, nodes in graph.operators_without_rule.items():
         logger.warning("operator %s has no rule (%d uses): what it touches is not pruned", operator, len(nodes))
-    return graph
+    return replace(graph, trail=Trail())
 
 
 def unprunable(graph: ChannelGraph) -> dict[str, str]:

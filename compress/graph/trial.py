@@ -1,7 +1,6 @@
 """The trial of a channel graph: a removal from a skeleton, whose walk must find what was expected."""
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ from compress.attributes import AttributeRule, set_values
 from compress.errors import InputError, WorkError, first_line
 from compress.graph.attributes import RUNS, WALKS, Kind, attributes_read, candidates, reached, search
 from compress.graph.bisection import culprits
+from compress.graph.comparison import GONE, NONE, compare
 from compress.graph.groups import ChannelGraph
 from compress.graph.skeleton import Skeleton
 from compress.removal import Slot, keep_slices
@@ -23,6 +23,7 @@ _FRACTIONS = (0.2, 0.7)
 of all groups would leave a tensor that is cut at a fraction of its width cut at the right place. Groups that share a
 tensor's dimension take opposite ends, so that it does not differ by too little."""
 
+_CUT = "after a removal the forward pass cuts its tensors at other places"
 
 Rules = tuple[AttributeRule, ...]
 
@@ -120,34 +121,47 @@ class Trial:
     def _mismatch(self, skeleton: Skeleton, smaller: ChannelGraph) -> dict[str, str]:
         """Groups that a walk over the smaller network does not find again: name -> why they must be frozen."""
         again = self.walked(skeleton, grouped=self.graph.grouped)
-        found = _numbered(again)
         names = list(smaller.groups)
         owner = np.repeat(np.arange(len(names)), list(smaller.widths.values()))  # (channels,) index of the group
-        broken = np.zeros(len(names), dtype=bool)
-        pairs = []
+        found = compare(
+            self.graph.trail,
+            again.trail,
+            self.graph.trail.numbered(_numbers_left(smaller, self.graph.widths)),
+            again.trail.numbered(_starting(again)),
+            owner,
+            partial(_same_program, self.model, skeleton.model),
+        )
+        slots = _numbered(again)
         for slot, expected in _numbered(smaller).items():
-            actual = found.get(slot)
-            if actual is None or len(actual) != len(expected):
-                actual = np.full(len(expected), -1)
-            pairs.append(np.stack([expected, actual]))
-        expected, actual = np.concatenate(pairs, axis=1) + 1  # 0 is frozen
-        every = actual.max() + 1
+            actual = slots.get(slot)
+            fits = actual is not None and len(actual) == len(expected)
+            found.expected.append(expected)
+            found.actual.append(actual if actual is not None and fits else np.full(len(expected), NONE))
+        expected, actual = np.concatenate(found.expected) + 1, np.concatenate(found.actual) + 1  # 0 is none
+        every = int(actual.max()) + 1
         expected, actual = np.divmod(np.unique(expected * every + actual), every)
-        # The last channel of a group stays in any case, and an axis of size 1 is none.
-        several = np.array([group.width > 1 for group in smaller.groups.values()])
-        broken[owner[expected[(actual == 0) & (expected > 0)] - 1]] = True
-        broken &= several
-        # Fewer ties than expected do no harm: an axis that shrank to 1 ties nothing.
-        tied = (actual > 0) & (expected > 0) & (np.bincount(actual)[actual] > 1)
+        lost = (actual == 0) & (expected > 0)
+        parted = (expected > 0) & (actual > 0)
+        parted &= np.bincount(expected[parted], minlength=int(expected.max()) + 1)[expected] > 1
+        tied = (expected > 0) & (actual > 0) & (np.bincount(actual)[actual] > 1)
+        broken = np.zeros(len(names), dtype=bool)
+        broken[owner[expected[lost | parted] - 1]] = True
+        # The last channel of a group stays in any case, and what lay along an axis that shrank to 1 is no longer tied.
+        broken &= np.array([group.width > 1 for group in smaller.groups.values()])
         broken[owner[expected[tied] - 1]] = True
-        cut = "after a removal the forward pass cuts its tensors at other places"
-        reasons = {name: cut for name, is_broken in zip(names, broken, strict=True) if is_broken}
-        before, after = _numbers(self.graph), _numbers(again)
-        for name in before.keys() & after.keys():
-            gone, come = before[name] - after[name], after[name] - before[name]
-            if gone and come:
-                reasons[name] = f"a number changes with its width: {min(gone):.4g} becomes {min(come):.4g}"
+        reasons = dict.fromkeys((names[index] for index in np.flatnonzero(broken)), _CUT)
+        for group, module, reason in found.broken:
+            for name in self._inside(module) if group is None else [names[group]]:
+                reasons.setdefault(name, reason)
         return {name: reasons[name] for name in self.graph.groups if name in reasons}
+
+    def _inside(self, module: str) -> list[str]:
+        """Groups that cut a tensor inside a module."""
+        return [
+            name
+            for name, group in self.graph.groups.items()
+            if any(not module or part.tensor.startswith(f"{module}.") for part in group.slices)
+        ]
 
     def _shrunk(self, names: Sequence[str], rules: Rules) -> tuple[Skeleton, ChannelGraph]:
         """A skeleton, and its graph, without a random part of the channels of the named groups."""
@@ -178,6 +192,29 @@ class Trial:
         return False
 
 
+def _starting(graph: ChannelGraph) -> dict[str, np.ndarray]:
+    """Group -> the numbers of its channels, group after group."""
+    starts = np.cumsum([0, *graph.widths.values()])
+    return {name: np.arange(width) + start for (name, width), start in zip(graph.widths.items(), starts, strict=False)}
+
+
+def _numbers_left(smaller: ChannelGraph, widths: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Group -> for each of the channels that it had, `widths`, its number in `smaller`, or `GONE`."""
+    found = {}
+    for name, numbers in _starting(smaller).items():
+        kept = smaller.groups[name].kept.numpy()
+        found[name] = np.full(widths[name], GONE)
+        found[name][kept] = numbers
+    return found
+
+
+def _same_program(model: nn.Module, pruned: nn.Module, name: str) -> bool:
+    """Whether a module and all around it are of the same class after the removal; a table may have changed them."""
+    parts = name.split(".") if name else []
+    around = [".".join(parts[:depth]) for depth in range(len(parts) + 1)]
+    return all(type(model.get_submodule(one)) is type(pruned.get_submodule(one)) for one in around)
+
+
 def _numbered(graph: ChannelGraph) -> dict[Slot, np.ndarray]:
     """(tensor, dim) -> a number for the channel at each position, group after group, -1 for frozen."""
     numbers: dict[Slot, np.ndarray] = {}
@@ -189,12 +226,3 @@ def _numbered(graph: ChannelGraph) -> dict[Slot, np.ndarray]:
             line[part.positions.numpy()] = start + part.channels.numpy()
         start += group.width
     return numbers
-
-
-def _numbers(graph: ChannelGraph) -> dict[str, Counter[float]]:
-    """Group -> the numbers that its channels meet in the forward pass, without sizes, and zeros, which never change."""
-    found: dict[str, Counter[float]] = {name: Counter() for name in graph.groups}
-    for constant in graph.constants:
-        for name in constant.groups & graph.groups.keys():
-            found[name].update(value for value in constant.values if value)
-    return found

@@ -13,13 +13,21 @@ from torch.utils import _pytree as pytree
 
 from compress.graph import shapes
 from compress.graph.capture import Capture
+from compress.graph.comparison import Step
 from compress.graph.flows import Flow, Kernel, Weight
 from compress.graph.labels import NO_CHANNEL, compact
-from compress.graph.rules import KERNEL_RULES
+from compress.graph.rules import KERNEL_RULES, aten
 from compress.graph.walk import Walk
 
 _SEEN_THROUGH = {*shapes.MOVES, *shapes.VIEWS, *shapes.SPLITS, *shapes.CUTS, operator.getitem}
 """Operators that return views."""
+
+_ARITHMETIC = {
+    getattr(getattr(aten, name), overload)
+    for name in ("add", "sub", "mul", "div", "pow", "rsub", "add_", "sub_", "mul_", "div_", "pow_", "clamp")
+    for overload in getattr(aten, name).overloads()
+} | {aten.scalar_tensor.default, aten.full_like.default, aten.fill_.Scalar, aten.clamp_min.default}
+"""Operators whose integers are numbers to compute with, not sizes or axes."""
 
 
 def visit(walk: Walk, program: Capture, *, counting: bool = True) -> None:
@@ -60,15 +68,38 @@ def _call(walk: Walk, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     if node.target is operator.getitem:
         return args[0][args[1]] if args[0] is not None else None
     leaves = _leaves((args, kwargs))
-    numbers = [leaf for leaf in leaves if isinstance(leaf, float)]
-    if numbers:
-        walk.note(str(node.target), numbers, *(leaf.labels for leaf in leaves if isinstance(leaf, Flow)))
     computed = any(isinstance(leaf, Kernel) or (isinstance(leaf, Weight) and len(leaf.axes) > 1) for leaf in leaves)
     rule = (KERNEL_RULES.get(node.target) if computed else None) or walk.rules.get(node.target)
     result = rule(walk, node, *args, **kwargs) if rule else _without_rule(walk, node, leaves)
+    _note_step(walk, node, leaves, result)
     if isinstance(result, Flow) and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
         _change_seen_from(node.args[0], result, values)
     return result
+
+
+def _note_step(walk: Walk, node: fx.Node, leaves: list[Any], result: Any) -> None:
+    numbers = [leaf for leaf in leaves if isinstance(leaf, float)]
+    if node.target in _ARITHMETIC:
+        numbers += [float(leaf) for leaf in leaves if isinstance(leaf, int) and not isinstance(leaf, bool)]
+    numbers += [value for leaf in node.all_input_nodes for value in _values_known(leaf)]
+    values, parts = pytree.tree_leaves(node.meta["val"]), result if isinstance(result, (list, tuple)) else [result]
+    walk.steps.append(
+        Step(
+            str(node.target),
+            node.meta["module"],
+            tuple(part.labels if isinstance(part, Flow) else None for part in parts),
+            tuple(tuple(value.shape) for value in values if isinstance(value, Tensor)),
+            tuple(leaf.labels for leaf in leaves if isinstance(leaf, Flow)),
+            (*numbers, *walk.noted),
+        )
+    )
+    walk.noted.clear()
+
+
+def _values_known(node: fx.Node) -> list[float]:
+    """The number in a constant tensor, as `torch.tensor(x.shape[1])` makes it."""
+    known = getattr(node.meta.get("val"), "constant", None) if node.op == "placeholder" else None
+    return [float(known)] if isinstance(known, Tensor) and known.numel() == 1 else []
 
 
 def _change_seen_from(view: Any, changed: Flow, values: dict[fx.Node, Any]) -> None:

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from compress.errors import InputError
+from compress.graph.comparison import Step
 from compress.graph.flows import Flow, Kernel, Weight
-from compress.graph.labels import NO_CHANNEL, along_only, blank, compact, spread, varying
+from compress.graph.labels import NO_CHANNEL, along_only, blank, compact, varying
 from compress.graph.partition import Partition
 
 Attention = Literal["heads", "widths", "keep"]
@@ -27,15 +27,6 @@ Attention = Literal["heads", "widths", "keep"]
 Rule = Callable[..., Any]
 """What a row of the operator table holds: `rule(walk, node, *args, **kwargs)`, with the operator's arguments (each
 activation a `Flow`, each stored tensor a `Weight`), returns what the operator returns, as `Flow`."""
-
-
-@dataclass(frozen=True)
-class Constants:
-    """Numbers other than sizes that an operator is given, and the channels that it works on."""
-
-    operator: str
-    values: tuple[float, ...]
-    labels: Tensor
 
 
 @dataclass
@@ -54,7 +45,8 @@ class Walk(Partition):
         uses: weight -> multiply-adds that each of its elements takes part in, for one image.
         products: multiply-adds of a product of activations for one image and one position of each of its axes with
             channels, and the labels along these axes.
-        constants: of every operator that has any, in the order of the graph.
+        steps: every operator, in the order of the graph.
+        noted: numbers that the operator visited now works with, besides those that it is given.
         unknown: operator without a rule -> the nodes at which it stands.
     """
 
@@ -69,7 +61,8 @@ class Walk(Partition):
     gates: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
     uses: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     products: list[tuple[float, list[Tensor]]] = field(default_factory=list)
-    constants: list[Constants] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    noted: list[float] = field(default_factory=list)
     unknown: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     batch: int = 1
     counting: bool = True
@@ -238,11 +231,6 @@ class Walk(Partition):
             share = weight.shape.numel() / weight.elements if isinstance(weight, Kernel) else 1
             self.uses[weight.name] += positions * share / self.batch
 
-    def note(self, operator: str, values: Iterable[float], *labels: Tensor) -> None:
-        """An operator is given numbers that must not change with the widths, as a scale computed from one would."""
-        found = torch.cat([compact(some).flatten() for some in labels]).unique() if labels else self.new(0)
-        self.constants.append(Constants(operator, tuple(values), found[found != NO_CHANNEL]))
-
     # --- what users ask for ---------------------------------------------------------------------------------------
 
     def ignore(self, named: Callable[[str], bool]) -> None:
@@ -285,6 +273,3 @@ def slot_of(weight: Weight | Kernel, dim: int) -> tuple[str, int] | None:
         if varying(labels) == [dim]:
             return weight.name, own
     return None
-
-
-__all__ = ["NO_CHANNEL", "Attention", "Constants", "Flow", "Kernel", "Rule", "Walk", "Weight", "compact", "spread"]
