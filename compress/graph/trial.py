@@ -25,6 +25,9 @@ tensor's dimension take opposite ends, so that it does not differ by too little.
 
 _CUT = "after a removal the forward pass cuts its tensors at other places"
 
+_THROUGH = 1e6
+"""Score of attributes with which a forward pass comes through and cuts as before; more than it has operators."""
+
 Rules = tuple[AttributeRule, ...]
 
 
@@ -48,9 +51,13 @@ class Trial:
         broken, failure = self._attempt(())
         if not broken:
             return {}, ()
-        rules = self._rules(failure)
+        rules = self._rules()
         if rules:
             broken, failure = self._attempt(rules)
+            for seed in (1, 2):  # once more, for two sizes that changed alike may be taken for each other
+                if failure is None:
+                    again, failure = self._attempt(rules, seed=seed)
+                    broken = again | broken
         if failure is None:
             return self._with_siblings(broken), rules
         names = list(self.graph.groups)
@@ -62,10 +69,10 @@ class Trial:
                 break
         return broken, rules
 
-    def _attempt(self, rules: Rules) -> tuple[dict[str, str], str | None]:
+    def _attempt(self, rules: Rules, *, seed: int = 0) -> tuple[dict[str, str], str | None]:
         """Group name -> why it must be frozen, and how the forward pass fails, where it does."""
         try:
-            skeleton, smaller = self._shrunk(list(self.graph.groups), rules)
+            skeleton, smaller = self._shrunk(list(self.graph.groups), rules, seed=seed)
         except Exception as error:  # noqa: BLE001  functions of `shape_update` are the user's too
             failure = f"its module does not follow a removal: {first_line(error)}"
             return dict.fromkeys(self.graph.groups, failure), failure
@@ -75,20 +82,20 @@ class Trial:
             failure = f"the forward pass does not follow its widths: {skeleton.cause(error.__cause__ or error)}"
             return dict.fromkeys(self.graph.groups, failure), failure
 
-    def _rules(self, failure: str | None) -> Rules:
-        """The attributes that must follow for the forward pass to come through, or for it to cut as before."""
+    def _rules(self) -> Rules:
+        """The attributes that must follow for the forward pass to come through, and to cut as before."""
         try:
-            skeleton, smaller = self._shrunk(list(self.graph.groups), ())
+            removals = [self._shrunk(list(self.graph.groups), (), seed=seed) for seed in (0, 1)]
         except Exception:  # noqa: BLE001  no attribute helps where the removal itself fails
             return ()
         reads, modes = attributes_read(Skeleton.of(self.model, self.inputs))
         # What a function of the module's own has changed already is not for us to change.
-        reads = [one for one in reads if one.value(self.model) == one.value(skeleton.model)]
+        reads = [one for one in reads if one.value(self.model) == one.value(removals[0][0].model)]
         kinds = candidates(self.model, reads, self.graph)
-        if not kinds:
-            return ()
+        walks = 0
 
-        def score(some: frozenset[Kind]) -> float:
+        def fit(some: frozenset[Kind], skeleton: Skeleton, smaller: ChannelGraph) -> float:
+            nonlocal walks
             rules = [rule for kind in some for rule in kinds[kind]]
             try:
                 values = {rule.attribute: rule.value(smaller.sizes[rule.follows]) for rule in rules}
@@ -97,14 +104,21 @@ class Trial:
             before = {one: one.value(skeleton.model) or 0 for one in values}
             set_values(skeleton.model, values)
             try:
-                return reached(skeleton, modes) if failure else -len(self._mismatch(skeleton, smaller))
+                operators = reached(skeleton, modes)
+                if operators < float("inf"):
+                    return operators
+                walks += 1
+                return _THROUGH - (len(self._mismatch(skeleton, smaller)) if walks <= WALKS else len(self.graph.groups))
             except InputError:
                 return float("-inf")
             finally:
                 set_values(skeleton.model, before)
 
-        enough, limit = (float("inf"), RUNS) if failure else (0, WALKS)
-        needed = search(list(kinds), score, enough, limit)
+        def score(some: frozenset[Kind]) -> float:
+            first = fit(some, *removals[0])
+            return first if first < _THROUGH else first + fit(some, *removals[1])
+
+        needed = search(list(kinds), score, 2 * _THROUGH, RUNS) if kinds else set()
         return tuple(sorted((rule for kind in needed for rule in kinds[kind]), key=lambda rule: str(rule.attribute)))
 
     def _with_siblings(self, broken: dict[str, str]) -> dict[str, str]:
@@ -163,13 +177,13 @@ class Trial:
             if any(not module or part.tensor.startswith(f"{module}.") for part in group.slices)
         ]
 
-    def _shrunk(self, names: Sequence[str], rules: Rules) -> tuple[Skeleton, ChannelGraph]:
+    def _shrunk(self, names: Sequence[str], rules: Rules, *, seed: int = 0) -> tuple[Skeleton, ChannelGraph]:
         """A skeleton, and its graph, without a random part of the channels of the named groups."""
-        random = torch.Generator().manual_seed(0)
+        random = torch.Generator().manual_seed(seed)
         low, high = _FRACTIONS
         shared: dict[Slot, float] = {}
         removals = {}
-        for name in names:
+        for number, name in enumerate(names):
             group = self.graph.groups[name]
             width, slots = group.width, {(part.tensor, part.dim) for part in group.slices}
             fraction = low + (high - low) * float(torch.rand((), generator=random))
@@ -177,7 +191,10 @@ class Trial:
             if earlier:
                 fraction = high if earlier[0] < (low + high) / 2 else low
             shared.update(dict.fromkeys(slots, fraction))
-            count = max(1, min(width - 2, round(width * fraction)))  # of one channel left little can be seen
+            if seed and number >> (seed - 1) & 1:  # so that sizes that are equal do not always change alike
+                fraction = 0.0
+            most = max(1, width - 2)  # of one channel left little can be seen
+            count = 0 if fraction == 0 else min(most, max(1, round(width * fraction)))
             removals[name] = torch.randperm(width, generator=random)[:count].sort().values
         skeleton, smaller = Skeleton.of(self.model, self.inputs), self.graph.copy()
         keep_slices(skeleton.model, smaller.remove(removals), attributes=rules)

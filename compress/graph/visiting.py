@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from compress.graph import shapes
@@ -98,7 +99,8 @@ def _note_step(walk: Walk, node: fx.Node, leaves: list[Any], result: Any) -> Non
 
 def _values_known(node: fx.Node) -> list[float]:
     """The number in a constant tensor, as `torch.tensor(x.shape[1])` makes it."""
-    known = getattr(node.meta.get("val"), "constant", None) if node.op == "placeholder" else None
+    value = node.meta.get("val") if node.op == "placeholder" else None
+    known = getattr(value, "constant", None) if isinstance(value, FakeTensor) else value
     return [float(known)] if isinstance(known, Tensor) and known.numel() == 1 else []
 
 
