@@ -12,16 +12,12 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from compress.graph import shapes
 from compress.graph.capture import Capture
 from compress.graph.comparison import Step
 from compress.graph.flows import Flow, Kernel, Weight
 from compress.graph.labels import NO_CHANNEL, compact
 from compress.graph.rules import KERNEL_RULES, aten
 from compress.graph.walk import Walk
-
-_SEEN_THROUGH = {*shapes.MOVES, *shapes.VIEWS, *shapes.SPLITS, *shapes.CUTS, operator.getitem}
-"""Operators that return views."""
 
 _ARITHMETIC = {
     getattr(getattr(aten, name), overload)
@@ -38,6 +34,8 @@ def visit(walk: Walk, program: Capture, *, counting: bool = True) -> None:
         counting: whether this one's multiply-adds count.
     """
     walk.counting = counting
+    inputs = [node.meta["val"] for node in program.graph.nodes if node.name in program.inputs]
+    walk.batch = next((max(1, len(value)) for value in inputs if value.dim()), 1)
     values: dict[fx.Node, Any] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
@@ -57,8 +55,6 @@ def _placeholder(walk: Walk, node: fx.Node, program: Capture) -> Any:
     if name is not None:
         return Weight(name, value.shape, trainable=node.name in program.parameters)
     if node.name in program.inputs:
-        if value.dim():
-            walk.batch = max(1, int(value.shape[0]))
         return walk.frozen(value.shape, "input of the model")
     return walk.unlabelled(value.shape)
 
@@ -74,7 +70,7 @@ def _call(walk: Walk, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     result = rule(walk, node, *args, **kwargs) if rule else _without_rule(walk, node, leaves)
     _note_step(walk, node, leaves, result)
     if isinstance(result, Flow) and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-        _change_seen_from(node.args[0], result, values)
+        _see_change(node, result, values)
     return result
 
 
@@ -104,13 +100,17 @@ def _values_known(node: fx.Node) -> list[float]:
     return [float(known)] if isinstance(known, Tensor) and known.numel() == 1 else []
 
 
-def _change_seen_from(view: Any, changed: Flow, values: dict[fx.Node, Any]) -> None:
-    """What an operator changes in place is seen through the tensors that its argument is a view of."""
-    while isinstance(view, fx.Node) and view.op == "call_function" and view.target in _SEEN_THROUGH:
-        view = view.args[0]
-        flow = values.get(view)
-        if isinstance(flow, Flow):
-            values[view] = replace(flow, gates=flow.gates | changed.gates, vanishes=flow.vanishes and changed.vanishes)
+def _see_change(node: fx.Node, changed: Flow, values: dict[fx.Node, Any]) -> None:
+    """What an operator changes in place is seen through every tensor of the same storage: views, and their base."""
+    storage = _storage(node.args[0])
+    for other, flow in values.items():
+        if isinstance(flow, Flow) and storage is not None and _storage(other) == storage:
+            values[other] = replace(flow, gates=flow.gates | changed.gates, vanishes=flow.vanishes and changed.vanishes)
+
+
+def _storage(node: Any) -> int | None:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
 
 
 def _leaves(arguments: Any) -> list[Any]:
