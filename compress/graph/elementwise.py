@@ -1,29 +1,34 @@
 """Rules for operators that work element by element, and for those that make constants."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from compress.graph.flows import Flow
+from compress.graph.flows import Flow, gating
 from compress.graph.labels import NO_CHANNEL, blank, compact, spread, varying
 from compress.graph.rules import aten, rule
 from compress.graph.walk import Walk
 
 # --- one input ------------------------------------------------------------------------------------------------------
 
+LINEAR = (
+    *(aten.clone.default, aten.alias.default, aten.contiguous.default, aten.detach.default, aten.detach_.default),
+    *(aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.lift_fresh_copy.default),
+    *(aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default, aten.feature_dropout_.default),
+    *(aten.neg.default, aten.type_as.default),
+)
 ZERO_STAYS_ZERO = (
+    *LINEAR,
     *(aten.relu.default, aten.relu_.default, aten.relu6.default, aten.relu6_.default),
     *(aten.leaky_relu.default, aten.leaky_relu_.default, aten.elu.default, aten.elu_.default),
     *(aten.celu.default, aten.celu_.default, aten.selu.default, aten.selu_.default),
     *(aten.gelu.default, aten.gelu_.default, aten.silu.default, aten.silu_.default),
     *(aten.mish.default, aten.mish_.default, aten.hardswish.default, aten.hardswish_.default),
-    *(aten.tanh.default, aten.tanh_.default, aten.erf.default, aten.abs.default, aten.neg.default),
-    *(aten.sqrt.default, aten.square.default, aten.sin.default, aten.sign.default, aten.log1p.default),
-    *(aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default, aten.feature_dropout_.default),
-    *(aten.clone.default, aten.alias.default, aten.contiguous.default, aten.detach.default, aten.detach_.default),
-    *(aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.lift_fresh_copy.default),
-    *(aten.zeros_like.default, aten.type_as.default, aten.zero_.default, aten.nan_to_num.default),
+    *(aten.tanh.default, aten.tanh_.default, aten.erf.default, aten.abs.default, aten.sqrt.default),
+    *(aten.square.default, aten.sin.default, aten.sign.default, aten.log1p.default, aten.nan_to_num.default),
+    *(aten.zeros_like.default, aten.zero_.default, aten.empty_like.default),
 )
 ZERO_BECOMES_OTHER = (
     *(aten.sigmoid.default, aten.sigmoid_.default, aten.hardsigmoid.default, aten.hardsigmoid_.default),
@@ -37,13 +42,13 @@ ZERO_BECOMES_OTHER = (
 @rule(*ZERO_STAYS_ZERO)
 def zero_stays_zero(walk: Walk, node: fx.Node, x: Flow, *_: Any, **__: Any) -> Flow:
     x = walk.as_flow(x)
-    return x.moved(x.labels)
+    return x if node.target in LINEAR else x.applied()
 
 
 @rule(*ZERO_BECOMES_OTHER)
 def zero_becomes_other(walk: Walk, node: fx.Node, x: Any, *args: Any, **__: Any) -> Flow:
     x = walk.as_flow(args[0] if node.target is aten.pow.Scalar else x)
-    return Flow(x.labels, x.gates, vanishes=False)
+    return x.applied(keeps_zero=False)
 
 
 @rule(
@@ -59,26 +64,26 @@ def clamp(walk: Walk, node: fx.Node, x: Any, low: Any = None, high: Any = None, 
             named.get("max_val", 1 if high is None else high),
         )
     keeps_zero = (low is None or low <= 0) and (high is None or high >= 0)
-    return Flow(x.labels, x.gates, x.vanishes and keeps_zero)
+    return x.applied(keeps_zero=keeps_zero)
 
 
 @rule(aten.pow.Tensor_Scalar)
 def power(walk: Walk, node: fx.Node, x: Any, exponent: float) -> Flow:
     x = walk.as_flow(x)
-    return Flow(x.labels, x.gates, x.vanishes and exponent > 0)
+    return x.applied(keeps_zero=exponent > 0)
 
 
 @rule(aten.masked_fill.Scalar, aten.masked_fill_.Scalar)
 def masked_fill(walk: Walk, node: fx.Node, x: Any, mask: Any, value: float) -> Flow:
     x, mask = walk.as_flow(x), walk.as_flow(mask)
-    return Flow(combine(walk, x, mask), x.gates, x.vanishes and value == 0)
+    return replace(x, labels=combine(walk, x, mask), vanishes=x.vanishes and value == 0)
 
 
 @rule(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default)
 def softmax(walk: Walk, node: fx.Node, x: Any, dim: int, *_: Any) -> Flow:
     x = walk.as_flow(x)
     walk.whole(x.labels, dim % x.labels.dim(), "softmax over channels: every channel changes the others")
-    return Flow(x.labels, x.gates, vanishes=False)
+    return x.applied(keeps_zero=False)
 
 
 # --- two inputs and more --------------------------------------------------------------------------------------------
@@ -91,11 +96,10 @@ def combine(walk: Walk, x: Flow, y: Flow, *, same: bool = True) -> Tensor:
         same: whether what meets is one channel; otherwise it is only tied.
     """
     shape = torch.broadcast_shapes(x.shape, y.shape)
-    aligned = [flow.labels[(None,) * (len(shape) - flow.labels.dim())] for flow in (x, y)]
+    aligned = [_aligned(flow.labels, len(shape)) for flow in (x, y)]
     for here, there in ((0, 1), (1, 0)):
-        wide = [dim for dim in varying(aligned[there]) if shape[dim] > 1]
-        if any(aligned[here].shape[dim] == 1 for dim in wide) and not set(varying(aligned[here])) & set(wide):
-            # One value meets every channel: it must stay, and does not tie them to each other.
+        wide = varying(aligned[there])
+        if is_lone(aligned[here], aligned[there]):
             walk.freeze(aligned[here], "one channel combined with many by broadcasting")
             aligned[here] = blank(aligned[here].shape)
         elif any(aligned[here].shape[dim] > 1 for dim in wide) and bool((compact(aligned[here]) == NO_CHANNEL).any()):
@@ -108,14 +112,41 @@ def combine(walk: Walk, x: Flow, y: Flow, *, same: bool = True) -> Tensor:
     return spread(torch.where(first == NO_CHANNEL, second, first), shape)
 
 
+def _aligned(labels: Tensor, rank: int) -> Tensor:
+    return labels[(None,) * (rank - labels.dim())]
+
+
+def is_lone(labels: Tensor, others: Tensor) -> bool:
+    """Whether one value meets every channel of `others`: it must stay, and does not tie them to each other."""
+    rank = max(labels.dim(), others.dim())
+    here, there = _aligned(labels, rank), _aligned(others, rank)
+    wide = varying(there)
+    return any(here.shape[dim] == 1 for dim in wide) and not set(varying(here)) & set(wide)
+
+
+def paired(x: Flow, y: Flow) -> tuple[Flow, Flow]:
+    """Both as they count where they are combined: one channel that meets many of the other's does not go with them."""
+    alone = is_lone(x.labels, y.labels), is_lone(y.labels, x.labels)
+    return tuple(  # type: ignore[return-value]
+        Flow(flow.labels) if lone else flow for flow, lone in zip((x, y), alone, strict=True)
+    )
+
+
+def summed(walk: Walk, x: Flow, y: Flow) -> Flow:
+    """Where channels of both meet, they vanish together."""
+    labels = combine(walk, x, y)
+    first, second = paired(x, y)
+    return first.joined([second], labels)
+
+
 @rule(aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.sub_.Tensor, aten.add.Scalar, aten.sub.Scalar)
 def add(walk: Walk, node: fx.Node, x: Any, y: Any, *_: Any, **__: Any) -> Flow:
     x, y = walk.as_flow(x), walk.as_flow(y)
     if not isinstance(y, Flow):
-        return Flow(x.labels, x.gates, x.vanishes and y == 0)
+        return replace(x, vanishes=x.vanishes and y == 0)
     if not isinstance(x, Flow):
-        return Flow(y.labels, y.gates, y.vanishes and x == 0)
-    return Flow(combine(walk, x, y), x.gates | y.gates, x.vanishes and y.vanishes)
+        return replace(y, vanishes=y.vanishes and x == 0)
+    return summed(walk, x, y)
 
 
 @rule(aten.copy_.default)
@@ -123,13 +154,13 @@ def copy(walk: Walk, node: fx.Node, x: Any, source: Any, *_: Any) -> Flow:
     x, source = walk.as_flow(x), walk.as_flow(source)
     if bool((compact(x.labels) == NO_CHANNEL).any()):
         walk.freeze(source.labels, "written into a tensor of fixed size")
-    return Flow(combine(walk, x, source), x.gates | source.gates, x.vanishes and source.vanishes)
+    return summed(walk, x, source)
 
 
 @rule(aten.rsub.Scalar)
 def subtract_from(walk: Walk, node: fx.Node, x: Any, y: float, *_: Any) -> Flow:
     x = walk.as_flow(x)
-    return Flow(x.labels, x.gates, x.vanishes and y == 0)
+    return replace(x, vanishes=x.vanishes and y == 0)
 
 
 @rule(
@@ -139,16 +170,17 @@ def subtract_from(walk: Walk, node: fx.Node, x: Any, y: float, *_: Any) -> Flow:
 def multiply(walk: Walk, node: fx.Node, x: Any, y: Any, *_: Any, **__: Any) -> Flow:
     x, y = walk.as_flow(x), walk.as_flow(y)
     if not isinstance(y, Flow):
-        return x.moved(x.labels)
-    if not isinstance(x, Flow):
-        return y.moved(y.labels)
+        return x
     divides = node.target in (aten.div.Tensor, aten.div_.Tensor, aten.div.Tensor_mode)
+    if not isinstance(x, Flow):
+        return y.applied(keeps_zero=False) if divides else y
+    first, second = paired(x, y)
     # A product vanishes with either factor; gating both would square the gate.
-    if x.vanishes:
-        return Flow(combine(walk, x, y, same=False), x.gates, vanishes=True)
-    if y.vanishes and not divides:
-        return Flow(combine(walk, y, x, same=False), y.gates, vanishes=True)
-    return Flow(combine(walk, x, y), x.gates | y.gates, vanishes=False)
+    chosen = gating((first,) if divides else (first, second))
+    if chosen is None:
+        return first.joined([second], combine(walk, x, y)).applied(keeps_zero=False)
+    x, y = (x, y) if chosen is first else (y, x)
+    return chosen.moved(combine(walk, x, y, same=False))
 
 
 @rule(aten.addcmul.default)
@@ -160,14 +192,13 @@ def add_product(walk: Walk, node: fx.Node, x: Any, first: Any, second: Any, **_:
 @rule(aten.maximum.default, aten.minimum.default)
 def extremum(walk: Walk, node: fx.Node, x: Any, y: Any) -> Flow:
     x, y = walk.as_flow(x), walk.as_flow(y)
-    return Flow(combine(walk, x, y), x.gates | y.gates, x.vanishes and y.vanishes)
+    return summed(walk, x, y).applied()
 
 
-@rule(aten.where.self)
+@rule(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
 def where(walk: Walk, node: fx.Node, condition: Any, x: Any, y: Any) -> Flow:
-    x, y = walk.as_flow(x), walk.as_flow(y)
-    chosen = Flow(combine(walk, x, y), x.gates | y.gates, x.vanishes and y.vanishes)
-    return Flow(combine(walk, chosen, walk.as_flow(condition)), chosen.gates, chosen.vanishes)
+    chosen = add(walk, node, x, y)
+    return chosen.moved(combine(walk, chosen, walk.as_flow(condition)))
 
 
 # --- constants ------------------------------------------------------------------------------------------------------

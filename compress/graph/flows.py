@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,11 +18,15 @@ class Flow:
         gates: names of the layers or bare parameters (keys of `Walk.gates`) on which a factor of 0 would make this
             activation's channel vanish.
         vanishes: whether the channel's values are all 0 when those gates are 0. A sigmoid, for one, ends that.
+        linear: whether the channel's values are multiplied by whatever those gates are multiplied by.
+        left: labels of channels that do not vanish although the others do (a part of a concatenation).
     """
 
     labels: Tensor
     gates: frozenset[str] = frozenset()
     vanishes: bool = False
+    linear: bool = False
+    left: tuple[Tensor, ...] = ()
 
     @property
     def shape(self) -> torch.Size:
@@ -29,7 +34,31 @@ class Flow:
 
     def moved(self, labels: Tensor) -> Flow:
         """The same channels at other places."""
-        return Flow(labels, self.gates, self.vanishes)
+        return replace(self, labels=labels)
+
+    def applied(self, *, keeps_zero: bool = True) -> Flow:
+        """Behind a function of every element by itself, which is not linear.
+
+        Args:
+            keeps_zero: whether it is 0 at 0.
+        """
+        return replace(self, vanishes=self.vanishes and keeps_zero, linear=False)
+
+    def joined(self, others: Sequence[Flow], labels: Tensor) -> Flow:
+        """A combination with `others` that vanishes where all of them do, and is linear where all are, as a sum is."""
+        flows = (self, *others)
+        return Flow(
+            labels,
+            frozenset().union(*(flow.gates for flow in flows)),
+            all(flow.vanishes for flow in flows),
+            all(flow.linear for flow in flows),
+            sum((flow.left for flow in flows), ()),
+        )
+
+
+def gating(flows: Sequence[Flow]) -> Flow | None:
+    """Of the factors of a product the one whose gates are the product's: it vanishes; rather a linear one."""
+    return max((flow for flow in flows if flow.vanishes), key=lambda flow: flow.linear, default=None)
 
 
 @dataclass(frozen=True)

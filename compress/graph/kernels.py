@@ -214,7 +214,8 @@ def combine(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
         values = [settle(walk, value, wide, rank) if isinstance(value, Kernel) else value for value in values]
         return RULES[node.target](walk, node, *values, **kwargs)
     vectors = [walk.as_flow(value) for value in values if isinstance(value, Weight | Flow)]
-    result = next(value for value in values if isinstance(value, Kernel))
+    # Of a weight and its mask the weight makes the channels.
+    result = max((value for value in values if isinstance(value, Kernel)), key=lambda value: value.trainable)
     shape = node.meta["val"].shape
     axes = [_aligned(labels, shape) for labels in result.axes]
     gates: frozenset[str] = frozenset()
@@ -236,7 +237,7 @@ def _stored(walk: Walk, flow: Flow) -> bool:
     """Whether it is a constant, or computed from vectors of parameters alone."""
     if not bool((compact(flow.labels) != NO_CHANNEL).any()):
         return True
-    return bool(flow.gates) and all([tensor for tensor, _ in walk.gates[gate]] == [gate] for gate in flow.gates)
+    return bool(flow.gates) and all(tensor == gate for gate in flow.gates for tensor, _ in walk.gates[gate])
 
 
 def _aligned(labels: Tensor, shape: Sequence[int]) -> Tensor:
@@ -276,9 +277,8 @@ def settle(walk: Walk, kernel: Kernel, wide: Sequence[int], rank: int) -> Flow:
             continue
         gates: frozenset[str] = frozenset()
         if kernel.trainable and kernel.linear and position < len(kernel.dims):
-            walk.gates[kernel.name] = [(kernel.name, kernel.dims[position])]
-            gates = frozenset([kernel.name])
-        found = Flow(labels, gates, vanishes=bool(gates))
+            gates = walk.gated(kernel.name, [(kernel.name, kernel.dims[position])])
+        found = Flow(labels, gates, vanishes=bool(gates), linear=bool(gates))
     return found
 
 

@@ -1,12 +1,14 @@
 """Rules for layers that bind channels to slices of their weights: convolutions and linear layers."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from compress.graph.flows import Flow, Kernel, Weight
-from compress.graph.labels import first_along, varying
+from compress.graph.labels import along_only, first_along, varying
 from compress.graph.rules import aten, rule
 from compress.graph.walk import Walk
 
@@ -67,12 +69,13 @@ def convolution(walk: Walk, node: fx.Node, x: Any, weight: Any, bias: Any = None
         made = walk.new(outputs)
         walk.together(made.view(groups, -1), made.view(groups, -1)[:1])
     gates = walk.produce(layer, [(weight, 0), (bias, 0)], made)
-    return Flow(made.view(1, -1, *[1] * (len(shape) - 2)).expand(shape), gates, vanishes=_vanishes(weight))
+    return _made(made.view(1, -1, *[1] * (len(shape) - 2)).expand(shape), gates, weight)
 
 
-def _vanishes(weight: Weight | Kernel) -> bool:
-    """Whether a factor of 0 on the layer's gates makes its output 0."""
-    return isinstance(weight, Weight) or weight.linear or bool(weight.gates)
+def _made(labels: Tensor, gates: frozenset[str], weight: Weight | Kernel) -> Flow:
+    """What a layer makes, which a factor on its gates multiplies, unless its weight is computed and has none."""
+    scaled = isinstance(weight, Weight) or weight.linear or bool(weight.gates)
+    return Flow(labels, gates, vanishes=scaled, linear=scaled)
 
 
 @rule(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
@@ -89,7 +92,7 @@ def transposed_convolution(
     walk.consume(layer, weight, 0, x, walk.along(x.labels, 1))
     made = walk.new(shape[1])
     gates = walk.produce(layer, [(weight, 1), (bias, 0)], made)
-    return Flow(made.view(1, -1, *[1] * (len(shape) - 2)).expand(shape), gates, vanishes=True)
+    return _made(made.view(1, -1, *[1] * (len(shape) - 2)).expand(shape), gates, weight)
 
 
 @rule(aten.linear.default)
@@ -97,16 +100,36 @@ def linear(walk: Walk, node: fx.Node, x: Any, weight: Any, bias: Any = None) -> 
     x = walk.as_flow(x)
     if not _usable(weight, bias):
         return computed(walk, node, "linear layer with a computed weight", x, weight, bias)
-    layer, shape = layer_of(weight), node.meta["val"].shape
-    walk.use(weight, prod(shape[:-1]))
-    last = x.labels.dim() - 1
-    if any(axis != last for axis in varying(x.labels)):
+    return dense(walk, node.meta["val"].shape, x, weight, bias)
+
+
+def dense(
+    walk: Walk,
+    shape: Sequence[int],
+    x: Flow,
+    weight: Weight | Kernel,
+    bias: Weight | Flow | None = None,
+    *,
+    inputs: int = 1,
+    axis: int = -1,
+) -> Flow:
+    """A product of `x` with a matrix, which replaces the channels along `axis`.
+
+    Args:
+        shape: of the result.
+        weight: of two axes.
+        inputs: that of the two along which it reads channels; the other makes them.
+    """
+    layer, axis = layer_of(weight), axis % x.labels.dim()
+    walk.use(weight, prod(shape) / shape[axis])
+    if any(dim != axis for dim in varying(x.labels)):
         # It mixes positions, or the channels of each head by themselves; its own slices stay.
-        walk.whole(x.labels, last, "linear layer over one of several channel axes", same=True)
+        walk.whole(x.labels, axis, "linear layer over one of several channel axes", same=True)
         if isinstance(weight, Kernel):
             walk.stuck(weight, "a computed weight that mixes positions")
-        return Flow(first_along(x.labels, last).narrow(last, 0, 1).expand(shape), x.gates, x.vanishes and bias is None)
-    walk.consume(layer, weight, 1, x, walk.along(x.labels, -1))
-    made = walk.new(shape[-1])
-    gates = walk.produce(layer, [(weight, 0), (bias, 0)], made)
-    return Flow(made.expand(shape), gates, vanishes=_vanishes(weight))
+        mixed = first_along(x.labels, axis).narrow(axis, 0, 1).expand(tuple(shape))
+        return replace(x, labels=mixed, vanishes=x.vanishes and bias is None)
+    walk.consume(layer, weight, inputs, x, walk.along(x.labels, axis))
+    made = walk.new(shape[axis])
+    gates = walk.produce(layer, [(weight, 1 - inputs), (bias, 0)], made)
+    return _made(along_only(made, axis, shape), gates, weight)

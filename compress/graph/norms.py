@@ -42,8 +42,8 @@ def _affine(walk: Walk, x: Flow, weight: Weight | None, bias: Weight | None) -> 
         return Flow(x.labels, x.gates, vanishes=False)  # subtracting the mean leaves something of a channel of zeros
     layer = layer_of(weight)
     walk.normalise(layer, x)
-    walk.gates[layer] = [(value.name, 0) for value in (weight, bias) if value is not None and value.trainable]
-    return Flow(x.labels, frozenset([layer]), vanishes=True)
+    gates = walk.gated(layer, [(value.name, 0) for value in (weight, bias) if value is not None and value.trainable])
+    return Flow(x.labels, gates, vanishes=True, linear=True)
 
 
 @rule(aten.layer_norm.default)
@@ -100,4 +100,4 @@ def prelu(walk: Walk, node: fx.Node, x: Flow, weight: Any) -> Flow:
         return computed(walk, node, "prelu with a computed weight", x, weight)
     if weight.shape.numel() > 1:
         walk.bind(weight, 0, walk.along(x.labels, 1))
-    return x.moved(x.labels)
+    return x.applied()

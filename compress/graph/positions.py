@@ -1,6 +1,7 @@
 """Rules for operators over positions: pooling, resizing, padding, reduction."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx
@@ -46,7 +47,7 @@ def pad(walk: Walk, node: fx.Node, x: Any, padding: Sequence[int], *args: Any, *
     x = walk.as_flow(x)
     labels = resized(walk, x, node.meta["val"].shape, "padding of the channel axis")
     value = kwargs.get("value", args[-1] if args else None)
-    return Flow(labels, x.gates, x.vanishes and (isinstance(value, str) or not value))
+    return replace(x, labels=labels, vanishes=x.vanishes and (isinstance(value, str) or not value))
 
 
 @rule(aten.im2col.default)
@@ -78,31 +79,54 @@ def unfold(walk: Walk, node: fx.Node, x: Any, dim: int, size: int, step: int) ->
 
 NORMS = (aten.linalg_vector_norm.default, aten.linalg_norm.default, aten.norm.ScalarOpt_dim)
 DEVIATIONS = (aten.std.correction, aten.var.correction, aten.std.dim, aten.var.dim)
-_EXACT = (aten.sum.dim_IntList, *NORMS)
-"""Reductions that lose nothing when a channel of zeros goes."""
+_LINEAR = (aten.mean.dim, aten.mean.default, aten.sum.dim_IntList, aten.sum.default)
+
+
+def _is_exact(node: fx.Node, *args: Any, **kwargs: Any) -> bool:
+    """Whether the reduction loses nothing when a channel of zeros goes: a sum, a norm of order 1 or more."""
+    if node.target not in NORMS:
+        return node.target is aten.sum.dim_IntList
+    order = kwargs.get("ord", kwargs.get("p", args[0] if args else None))
+    return order is None or isinstance(order, str) or order >= 1
+
+
+def summed_over(walk: Walk, name: str, x: Flow, axes: Sequence[int]) -> Flow:
+    """The sum over `axes`, which are gone."""
+    return _reduced(walk, name, x, axes, "a sum over channels depends on their number", exact=True)
 
 
 @rule(
     *(aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default),
-    *(aten.mean.default, aten.sum.default, *NORMS, *DEVIATIONS),
+    *(aten.mean.default, aten.sum.default, aten.logsumexp.default, aten.prod.dim_int, *NORMS, *DEVIATIONS),
 )
 def reduce(walk: Walk, node: fx.Node, x: Any, *args: Any, **kwargs: Any) -> Flow:
     x = walk.as_flow(x)
     position = 1 if node.target in NORMS else 0
     dims = kwargs.get("dim", args[position] if len(args) > position else None)
-    axes = {dim % x.labels.dim() for dim in ([dims] if isinstance(dims, int) else dims or range(x.labels.dim()))}
-    labels, vanishes = x.labels, x.vanishes and node.target not in DEVIATIONS
-    over = axes & set(varying(labels))
+    axes = sorted(
+        {dim % x.labels.dim() for dim in ([dims] if isinstance(dims, int) else dims or range(x.labels.dim()))}
+    )
+    x = x if node.target in _LINEAR else x.applied(keeps_zero=node.target not in (*DEVIATIONS, aten.logsumexp.default))
+    reason = f"{node.target} over channels depends on their number"
+    result = _reduced(walk, node.name, x, axes, reason, exact=_is_exact(node, *args, **kwargs))
+    return result.moved(result.labels.reshape(node.meta["val"].shape))
+
+
+def _reduced(walk: Walk, name: str, x: Flow, axes: Sequence[int], reason: str, *, exact: bool) -> Flow:
+    """Reduced over `axes`, which are gone; `exact` as in `_is_exact`."""
+    labels = x.labels
+    over = [dim for dim in axes if dim in varying(labels)]
     if over:
         heads = len(varying(labels)) > len(over) and walk.attention == "heads"
-        if node.target not in _EXACT or not x.vanishes or heads:
-            walk.mixes(x, sorted(over), node.name, f"{node.target} over channels depends on their number")
-        elif varying(labels) == sorted(over):
-            walk.read(node.name, x)
-        labels, vanishes = labels if heads else blank(labels.shape), vanishes and heads
-    for dim in axes:
-        labels = labels.narrow(dim, 0, 1)
-    return Flow(labels.expand(labels.shape).reshape(node.meta["val"].shape), x.gates, vanishes)
+        if not exact or not x.vanishes or x.left or heads:
+            walk.mixes(x, over, name, reason)
+        elif varying(labels) == over:
+            walk.read(name, x)
+        x = replace(x, vanishes=x.vanishes and heads)
+        labels = labels if heads else blank(labels.shape)
+    for dim in reversed(axes):
+        labels = labels.select(dim, 0)
+    return x.moved(labels)
 
 
 @rule(aten.max.dim, aten.min.dim)
@@ -120,4 +144,4 @@ def extreme_along(walk: Walk, node: fx.Node, x: Any, dim: int, keepdim: bool = F
 def cumulate(walk: Walk, node: fx.Node, x: Any, dim: int, **_: Any) -> Flow:
     x = walk.as_flow(x)
     walk.whole(x.labels, dim % x.labels.dim(), "sums over preceding channels")
-    return x.moved(x.labels)
+    return x

@@ -1,6 +1,7 @@
 """Rules for operators that move data: views, cuts, concatenation."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -173,17 +174,23 @@ def concatenate(walk: Walk, node: fx.Node, inputs: Sequence[Any], dim: int = 0) 
     ]  # cat skips empty ones
     if node.target is aten.stack.default:
         flows = [flow.moved(flow.labels.unsqueeze(dim)) for flow in flows]
-    gates = frozenset().union(*(flow.gates for flow in flows))
-    vanishes = all(flow.vanishes for flow in flows)
+    joined = _concatenated(flows)
     across = any(axis != dim for flow in flows for axis in varying(flow.labels))
     if not across:
-        return Flow(spread(torch.cat(_parts(flows, dim), dim), shape), gates, vanishes)
+        return joined.moved(spread(torch.cat(_parts(flows, dim), dim), shape))
     if any(dim in varying(flow.labels) for flow in flows):
-        return _grids(walk, flows, dim, gates, vanishes)
+        return joined.moved(_grids(walk, flows, dim))
     first = flows[0].moved(flows[0].labels.narrow(dim, 0, 1))
     for flow in flows[1:]:
         first = Flow(combine(walk, first, flow.moved(flow.labels.narrow(dim, 0, 1))))
-    return Flow(spread(first.labels, shape), gates, vanishes)
+    return joined.moved(spread(first.labels, shape))
+
+
+def _concatenated(flows: Sequence[Flow]) -> Flow:
+    """Of several parts those that vanish do, whatever the others leave."""
+    left = tuple(labels for flow in flows for labels in (flow.left if flow.vanishes else (flow.labels,)))
+    whole = flows[0].joined(flows[1:], flows[0].labels)
+    return replace(whole, vanishes=any(flow.vanishes for flow in flows), left=left)
 
 
 def _parts(flows: Sequence[Flow], dim: int) -> list[Tensor]:
@@ -195,11 +202,11 @@ def _parts(flows: Sequence[Flow], dim: int) -> list[Tensor]:
     ]
 
 
-def _grids(walk: Walk, flows: Sequence[Flow], dim: int, gates: frozenset[str], vanishes: bool) -> Flow:
+def _grids(walk: Walk, flows: Sequence[Flow], dim: int) -> Tensor:
     """Concatenated along one channel axis while channels vary along another too (the halves of every head)."""
     labels = torch.cat([flow.labels for flow in flows], dim)
     if bool((labels == NO_CHANNEL).any()):
         for flow in flows:
             walk.freeze(flow.labels, "concatenated with a constant of fixed width")
     walk.grid(labels)
-    return Flow(spread(labels, labels.shape), gates, vanishes)
+    return spread(labels, labels.shape)

@@ -40,7 +40,11 @@ class Skeleton:
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Sequence[Any]) -> "Skeleton":
-        """Copy `model`, which is neither run nor changed."""
+        """Copy `model`, which is neither run nor changed.
+
+        Raises:
+            InputError: it cannot be copied.
+        """
         mode = FakeTensorMode(allow_non_fake_inputs=True)
 
         def shape_of(tensor: Tensor) -> Tensor:
@@ -52,8 +56,17 @@ class Skeleton:
             memo[id(parameter)] = nn.Parameter(shape_of(parameter), parameter.requires_grad)
         for buffer in model.buffers():
             memo[id(buffer)] = shape_of(buffer)
+        for module in model.modules():  # computed before, as by hooks; such a tensor cannot be copied
+            computed = (value for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf)
+            memo.update((id(value), shape_of(value)) for value in computed)
         fake = pytree.tree_map_only(Tensor, shape_of, tuple(inputs))
-        return cls(copy.deepcopy(model, memo).eval(), mode, fake)
+        try:
+            return cls(copy.deepcopy(model, memo).eval(), mode, fake)
+        except RuntimeError as error:
+            raise InputError(
+                f"The model cannot be copied: {first_line(error)}; keep tensors with a history of gradients out of it, "
+                "or detach them."
+            ) from error
 
     def captured(self, *, training: bool = False) -> Capture:
         """One forward pass as a graph.

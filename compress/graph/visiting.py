@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import defaultdict
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -37,7 +38,9 @@ def visit(walk: Walk, program: Capture, *, counting: bool = True) -> None:
     inputs = [node.meta["val"] for node in program.graph.nodes if node.name in program.inputs]
     walk.batch = next((max(1, len(value)) for value in inputs if value.dim()), 1)
     values: dict[fx.Node, Any] = {}
+    aliases: dict[int | None, list[fx.Node]] = defaultdict(list)
     for node in program.graph.nodes:
+        aliases[_storage(node)].append(node)
         if node.op == "placeholder":
             values[node] = _placeholder(walk, node, program)
         elif node.op == "output":
@@ -46,7 +49,10 @@ def visit(walk: Walk, program: Capture, *, counting: bool = True) -> None:
                 if isinstance(flow, Flow):
                     walk.freeze(flow.labels, "output of the model")
         elif node.op == "call_function":
-            values[node] = _call(walk, node, values)
+            values[node] = result = _call(walk, node, values)
+            if isinstance(result, Flow) and _is_in_place(node):
+                for other in aliases[_storage(node.args[0])] if _storage(node.args[0]) else ():
+                    _see_change(other, result, values)
 
 
 def _placeholder(walk: Walk, node: fx.Node, program: Capture) -> Any:
@@ -69,9 +75,11 @@ def _call(walk: Walk, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     rule = (KERNEL_RULES.get(node.target) if computed else None) or walk.rules.get(node.target)
     result = rule(walk, node, *args, **kwargs) if rule else _without_rule(walk, node, leaves)
     _note_step(walk, node, leaves, result)
-    if isinstance(result, Flow) and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-        _see_change(node, result, values)
     return result
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _note_step(walk: Walk, node: fx.Node, leaves: list[Any], result: Any) -> None:
@@ -102,10 +110,9 @@ def _values_known(node: fx.Node) -> list[float]:
 
 def _see_change(node: fx.Node, changed: Flow, values: dict[fx.Node, Any]) -> None:
     """What an operator changes in place is seen through every tensor of the same storage: views, and their base."""
-    storage = _storage(node.args[0])
-    for other, flow in values.items():
-        if isinstance(flow, Flow) and storage is not None and _storage(other) == storage:
-            values[other] = replace(flow, gates=flow.gates | changed.gates, vanishes=flow.vanishes and changed.vanishes)
+    flow = values[node]
+    if isinstance(flow, Flow):
+        values[node] = replace(flow, gates=flow.gates | changed.gates, vanishes=flow.vanishes and changed.vanishes)
 
 
 def _storage(node: Any) -> int | None:

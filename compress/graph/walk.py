@@ -103,11 +103,8 @@ class Walk(Partition):
             return self.unlabelled(value.shape)
         (axis,) = value.axes
         labels = self._own(value, axis)
-        gates: frozenset[str] = frozenset()
-        if value.trainable:
-            self.gates[value.name] = [(value.name, axis)]
-            gates = frozenset([value.name])
-        return Flow(along_only(labels, axis, value.shape), gates, vanishes=value.trainable)
+        gates = self.gated(value.name, [(value.name, axis)] if value.trainable else [])
+        return Flow(along_only(labels, axis, value.shape), gates, vanishes=bool(gates), linear=bool(gates))
 
     def kernel(self, weight: Weight) -> Kernel:
         """A stored tensor with several axes, about to be computed with."""
@@ -192,10 +189,16 @@ class Walk(Partition):
                 gates |= weight.gates
             elif slot is not None and weight.trainable:
                 pairs.append(slot)
-        if pairs:
-            self.gates[layer] = pairs
-            gates |= {layer}
-        return gates
+        return gates | self.gated(layer, pairs)
+
+    def gated(self, name: str, slots: Iterable[tuple[str, int]]) -> frozenset[str]:
+        """`name` gates with these slots too, after those that it has from other places of the same parameter."""
+        new = list(slots)
+        if not new:
+            return frozenset()
+        known = self.gates.setdefault(name, [])
+        known += [slot for slot in new if slot not in known]
+        return frozenset([name])
 
     def consume(self, layer: str, weight: Weight | Kernel | None, dim: int, flow: Flow, labels: Tensor) -> None:
         """`layer` reads the channels `labels` of `flow` through slices of `weight`, the end of their group."""
@@ -208,8 +211,8 @@ class Walk(Partition):
     def read(self, layer: str, flow: Flow) -> None:
         """`layer` is where channels of `flow` end: without one it computes what it does with zeros there."""
         self.arrive(flow.gates, flow.labels)
-        if not flow.vanishes:
-            self.leave(flow.labels, layer)
+        for labels in flow.left if flow.vanishes else (flow.labels,):
+            self.leave(labels, layer)
 
     def normalise(self, layer: str, flow: Flow) -> None:
         """`layer` normalises every channel of `flow` by itself."""
