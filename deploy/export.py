@@ -7,10 +7,12 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from compress.errors import InputError, WorkError, first_line
@@ -101,7 +103,7 @@ def _export(model: nn.Module, image_shape: tuple[int, ...]) -> torch.onnx.ONNXPr
     example = torch.zeros(2, *image_shape, device=parameter.device)
     name = type(model).__name__
     try:
-        with evaluating(model), torch.no_grad(), _chatter_to_log():
+        with evaluating(model), torch.no_grad(), _attention_on_four_axes(), _chatter_to_log():
             program = torch.onnx.export(
                 model,
                 (example,),
@@ -171,6 +173,30 @@ def _detects(model: nn.Module, images: torch.Tensor) -> bool:
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError):  # it takes no list
         return False
     return isinstance(outputs, list) and all(isinstance(found, Mapping) for found in outputs)
+
+
+@contextmanager
+def _attention_on_four_axes() -> Iterator[None]:
+    """Give the exporter, which translates attention on (N, heads, L, E) alone, that shape where a model has another."""
+    attention: Any = functional.scaled_dot_product_attention
+
+    def reshaped(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        if query.dim() == 4:
+            return attention(query, key, value, attn_mask, *args, **kwargs)
+        leading = query.shape[:-2]  # (N, L, E), or (N, windows, heads, L, E)
+        shape = (-1, 1) if query.dim() == 3 else (-1, leading[-1])
+        if attn_mask is not None and attn_mask.dim() > 2:
+            attn_mask = attn_mask.expand(*leading, -1, -1).reshape(*shape, *attn_mask.shape[-2:])
+        flat = [each.reshape(*shape, *each.shape[-2:]) for each in (query, key, value)]
+        return attention(*flat, attn_mask, *args, **kwargs).reshape(*leading, query.shape[-2], value.shape[-1])
+
+    functional.scaled_dot_product_attention = reshaped
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = attention
 
 
 @contextmanager

@@ -90,7 +90,7 @@ def _without_shape(graph: Graph) -> list[str]:
 
 def _inferred_by_symbols(model: onnx.ModelProto) -> onnx.ModelProto:
     """Shapes by ONNX Runtime's inference, slower, which also follows values computed from shapes."""
-    from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference  # noqa: PLC0415  it loads sympy
+    from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 
     try:
         return SymbolicShapeInference.infer_shapes(model, auto_merge=True)

@@ -76,7 +76,7 @@ def _requests(options: argparse.Namespace) -> list[Request]:
             side=side,
             shares=options.ratio,
             until=options.until,
-            trace=trace,
+            trace=trace | ({"embedding": True} if subject.embedding else {}),
             threads=threads,
         )
         for subject in chosen(options.models.split(","))

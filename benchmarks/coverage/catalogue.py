@@ -25,22 +25,22 @@ _TORCHVISION = {
     "ssdlite320_mobilenet_v3_large": 320,
 }
 
-# NAME, NAME:SIZE, or NAME@SIZE where the network must be told the size when it is built.
+# NAME, NAME:SIZE, or NAME@SIZE where the network must be told the size when it is built; + traces with embedding=True.
 _TIMM = """
 bat_resnext26ts:256 beit_base_patch16_224@64 botnet26t_256@64 caformer_s18 cait_xxs24_224@64 coat_tiny@64
-coatnet_0_224@64 coatnet_pico_rw_224@64 convit_tiny@64 convmixer_768_32 convnext_atto convnextv2_atto
+coatnet_0_224@64 coatnet_pico_rw_224@64 convit_tiny@64 convmixer_768_32 convnext_atto convnextv2_atto+
 crossvit_tiny_240 csatv2 cspdarknet53 cspresnet50 darknet53 davit_tiny deit3_small_patch16_224@64
 deit_tiny_distilled_patch16_224@64 densenet121 dla34 dm_nfnet_f0 dpn68 ecaresnet50t edgenext_xx_small
 efficientformer_l1:224 efficientformerv2_s0@64 efficientnet_lite0 efficientnetv2_rw_t efficientvit_b0 efficientvit_m0
 ese_vovnet19b_dw eva02_tiny_patch14_224@112 fasternet_t0 fastvit_t8 fbnetc_100 focalnet_tiny_srf gcresnet33ts
-gcvit_xxtiny@64 gernet_s ghostnet_100 ghostnetv2_100 gmixer_12_224@64 gmlp_ti16_224@64 halonet26t:256 hardcorenas_a
+gcvit_xxtiny@64 gernet_s ghostnet_100 ghostnetv2_100 gmixer_12_224@64 gmlp_ti16_224@64+ halonet26t:256 hardcorenas_a
 hgnet_tiny hgnetv2_b0 hiera_tiny_224@64 hrnet_w18_small inception_next_atto inception_resnet_v2:96 inception_v4:96
-lambda_resnet26t lcnet_050 legacy_senet154 legacy_seresnet18 legacy_xception levit_128s@64 mambaout_femto
-maxvit_pico_rw_256@64 maxvit_tiny_tf_224@112 mixer_s32_224@64 mnasnet_small mobilenetv3_small_100
+lambda_resnet26t lcnet_050 legacy_senet154 legacy_seresnet18 legacy_xception levit_128s@64 mambaout_femto+
+maxvit_pico_rw_256@64 maxvit_tiny_tf_224:224 mixer_s32_224@64 mnasnet_small mobilenetv3_small_100
 mobilenetv4_conv_small mobilenetv4_hybrid_medium mobileone_s0 mobilevit_xxs mobilevitv2_050 mvitv2_tiny nasnetalarge
 nest_tiny@64 nextvit_small nfnet_l0 pit_ti_224@64 pnasnet5large poolformer_s12 pvt_v2_b0 rdnet_tiny regnetx_002
 regnety_002 repghostnet_050 repvgg_a0 repvit_m0_9 res2net50_26w_4s resmlp_12_224@64 resnest14d resnet18 resnet50d
-resnetv2_50 resnetv2_50x1_bit resnext50_32x4d rexnet_100 selecsls42b semnasnet_075 sequencer2d_s seresnet50 shvit_s1
+resnetv2_50 resnetv2_50x1_bit+ resnext50_32x4d rexnet_100 selecsls42b semnasnet_075 sequencer2d_s seresnet50 shvit_s1
 skresnet18 spnasnet_100 starnet_s1 swiftformer_xs swin_tiny_patch4_window7_224@112 swinv2_cr_tiny_224@112
 swinv2_tiny_window8_256@128 tf_efficientnet_b0 tf_mixnet_s tiny_vit_5m_224 tinynet_e tresnet_m twins_svt_small
 visformer_tiny@64 vit_small_patch16_224@64 vit_tiny_patch16_224@64 vitamin_small_224@64 volo_d1_224@64 vovnet39a
@@ -73,12 +73,14 @@ class Subject:
         size: side of the image.
         build: further arguments of the factory.
         part: the submodule that alone is traced; None for the whole.
+        embedding: whether channels that normalisations mix may go: without them the model has none.
     """
 
     model: str
     size: int = _SMALL
     build: dict[str, Any] = field(default_factory=dict)
     part: str | None = None
+    embedding: bool = False
 
 
 def _classification() -> list[Subject]:
@@ -153,11 +155,12 @@ def _torchvision(name: str, part: str | None = None) -> Subject:
 
 
 def _of_timm(entry: str) -> Subject:
+    entry, mixed, _ = entry.partition("+")
     name, _, told = entry.partition("@")
     if told:
-        return Subject(f"timm:{name}", int(told), {"img_size": int(told)})
+        return Subject(f"timm:{name}", int(told), {"img_size": int(told)}, embedding=bool(mixed))
     name, _, size = entry.partition(":")
-    return Subject(f"timm:{name}", int(size or _SMALL))
+    return Subject(f"timm:{name}", int(size or _SMALL), embedding=bool(mixed))
 
 
 def _timm_size(name: str) -> int:

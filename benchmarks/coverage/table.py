@@ -97,7 +97,7 @@ def _ours(rows: Sequence[Row]) -> str:
     for row in rows:
         graph, beyond = row.graph, memory_beyond(row)
         cells = [
-            f"{row.request.model}{f' ({row.request.part})' if row.request.part else ''}",
+            f"{row.request.model}{_how(row)}",
             str(row.request.size),
             str(graph.groups) if graph else "",
             f"{graph.removable / graph.channels:.0%}" if graph and graph.channels else "",
@@ -109,6 +109,13 @@ def _ours(rows: Sequence[Row]) -> str:
             cells += _share_cells(row, row.shares.get(share, Share()))
         table.append([*cells, _notes(row)])
     return _markdown("Models", table)
+
+
+def _how(row: Row) -> str:
+    """What of the model was traced, and with which options, where these are not all of it and none."""
+    said = [row.request.part] if row.request.part else []
+    said += [name if value is True else f"{name}={value}" for name, value in row.request.trace.items()]
+    return f" ({', '.join(said)})" if said else ""
 
 
 def _share_cells(row: Row, share: Share) -> list[str]:

@@ -7,6 +7,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 import deploy.onnx_file
 from compress.errors import InputError, WorkError
@@ -126,6 +127,30 @@ class FixedBatch(nn.Module):
 class ConstantBatch(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images.mean((0, 2, 3), keepdim=False).expand(2, 3)
+
+
+class OddAttention(nn.Module):
+    """Attention on three axes, and on five, of which the exporter knows neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(3, 12)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(images.flatten(2).mT).chunk(3, -1)  # (N, L, 4)
+        plain = functional.scaled_dot_product_attention(q, k, v)
+        windows = [part.unflatten(1, (4, -1)).unflatten(-1, (2, 2)).transpose(2, 3) for part in (q, k, v)]
+        inside = functional.scaled_dot_product_attention(*windows).transpose(2, 3).flatten(-2).flatten(1, 2)
+        return (plain + inside).mean(1)
+
+
+def test_attention_on_other_than_four_axes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, images = OddAttention().eval(), torch.randn(3, 3, 4, 4)
+    path = export_onnx(model, tmp_path / "m.onnx", image_shape=(3, 4, 4))
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"images": images.numpy()})
+    np.testing.assert_allclose(logits, model(images).detach().numpy(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("model", [FixedBatch(), ConstantBatch()])
