@@ -124,7 +124,10 @@ class Pruner:
         self.graph: ChannelGraph = _traced(graph, model, example_inputs, part, ignore, options)
         if not self.graph.groups:
             reasons = "; ".join(sorted({frozen.reason for frozen in self.graph.frozen}))
-            raise InputError(f"Nothing in the model can be pruned: {reasons or 'it has no layer with channels'}.")
+            raise InputError(
+                f"Nothing in the model can be pruned: {reasons or 'it has no layer with channels'}; "
+                "espalier inspect --groups says which option may free channels."
+            )
         self.importance: Importance = build(importance, model, self.graph, momentum=momentum)
         self.cost_model: CostModel = cost_model(budget.quantity, model, self.graph)
         self.dense_cost = self.cost_model.cost(self.graph.widths)
