@@ -141,12 +141,21 @@ def _items(
 ) -> Iterable[tuple[Node, bool, list[int], list[int], nn.Module]]:
     """(node, whether its input side is meant, positions, the root's channel of each position, root), of all groups."""
     for group in dependencies.get_all_groups():
-        root = group[0].dep.target.module
+        root, handler = group[0].dep.target.module, group[0].dep.handler
         for item in group.items:
-            target, handler = item.dep.target, item.dep.handler
-            own = dependencies.get_pruner_of_module(target.module)
-            into = handler == own.prune_in_channels and handler != own.prune_out_channels
-            yield target, into, item.idxs, item.root_idxs, root
+            yield item.dep.target, _reads(dependencies, item), item.idxs, item.root_idxs, root
+        # Of a layer that meets the root at two places the whole group knows one; its channels by themselves know both.
+        first = dependencies.get_pruning_group(root, handler, idxs=[0])
+        if any(item.dep.target.module is root and len(item.idxs) > 1 for item in first.items):
+            for channel in group[0].idxs:
+                for item in dependencies.get_pruning_group(root, handler, idxs=[channel]).items:
+                    yield item.dep.target, _reads(dependencies, item), item.idxs, [channel] * len(item.idxs), root
+
+
+def _reads(dependencies: torch_pruning.DependencyGraph, item: Any) -> bool:
+    """Whether the input side of an item's node is meant."""
+    own = dependencies.get_pruner_of_module(item.dep.target.module)
+    return bool(item.dep.handler == own.prune_in_channels and item.dep.handler != own.prune_out_channels)
 
 
 class _Translation:
