@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -94,8 +94,8 @@ class Layer:
         if len(first.axes) > 1:  # a filter, as of a depthwise convolution
             return Channels(flow.labels, axis, self._walk.produce(layer, weights, flow.labels), vanishes=True)
         self._walk.normalise(layer, flow)
-        self._walk.gates[layer] = [(weight.name, dim) for weight, dim in weights]
-        return Channels(flow.labels, axis, frozenset([layer]), vanishes=True)
+        gates = self._walk.gated(layer, [(weight.name, dim) for weight, dim in weights])
+        return Channels(flow.labels, axis, gates, vanishes=True)
 
     def passes(self, x: Any, *tensors: str | tuple[str, int], axis: int = 1, keeps_zero: bool = False) -> Channels:
         """The channels of `x`, each worked on by itself, with its slices of `tensors`, which are no factors of it.
@@ -193,7 +193,8 @@ class Layer:
         if not isinstance(x, Flow):
             raise self.wrong(f"{method}() is given {kind(x)}, which is no activation")
         self._met.append(x)
-        return x.moved(self._walk.along(x.labels, self._axis(axis, len(x.shape), f"what {method}() is given")))
+        flow = x.moved(self._walk.along(x.labels, self._axis(axis, len(x.shape), f"what {method}() is given")))
+        return replace(flow, vanishes=flow.vanishes and not flow.left, left=())
 
     def _axis(self, axis: int, count: int, what: str) -> int:
         if not -count <= axis < count:

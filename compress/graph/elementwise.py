@@ -126,10 +126,9 @@ def is_lone(labels: Tensor, others: Tensor) -> bool:
 
 def paired(x: Flow, y: Flow) -> tuple[Flow, Flow]:
     """Both as they count where they are combined: one channel that meets many of the other's does not go with them."""
-    alone = is_lone(x.labels, y.labels), is_lone(y.labels, x.labels)
-    return tuple(  # type: ignore[return-value]
-        Flow(flow.labels) if lone else flow for flow, lone in zip((x, y), alone, strict=True)
-    )
+    first = Flow(x.labels) if is_lone(x.labels, y.labels) else x
+    second = Flow(y.labels) if is_lone(y.labels, x.labels) else y
+    return first, second
 
 
 def summed(walk: Walk, x: Flow, y: Flow) -> Flow:
@@ -193,6 +192,11 @@ def add_product(walk: Walk, node: fx.Node, x: Any, first: Any, second: Any, **_:
 def extremum(walk: Walk, node: fx.Node, x: Any, y: Any) -> Flow:
     x, y = walk.as_flow(x), walk.as_flow(y)
     return summed(walk, x, y).applied()
+
+
+@rule(aten.pow.Tensor_Tensor)
+def power_of_both(walk: Walk, node: fx.Node, x: Any, y: Any) -> Flow:
+    return summed(walk, walk.as_flow(x), walk.as_flow(y)).applied(keeps_zero=False)
 
 
 @rule(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)

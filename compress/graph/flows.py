@@ -57,8 +57,8 @@ class Flow:
 
 
 def gating(flows: Sequence[Flow]) -> Flow | None:
-    """Of the factors of a product the one whose gates are the product's: it vanishes; rather a linear one."""
-    return max((flow for flow in flows if flow.vanishes), key=lambda flow: flow.linear, default=None)
+    """Of the factors of a product that vanish the one that gates it: rather all of it, and linearly."""
+    return max((flow for flow in flows if flow.vanishes), key=lambda flow: (not flow.left, flow.linear), default=None)
 
 
 @dataclass(frozen=True)

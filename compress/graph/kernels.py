@@ -237,7 +237,9 @@ def _stored(walk: Walk, flow: Flow) -> bool:
     """Whether it is a constant, or computed from vectors of parameters alone."""
     if not bool((compact(flow.labels) != NO_CHANNEL).any()):
         return True
-    return bool(flow.gates) and all(tensor == gate for gate in flow.gates for tensor, _ in walk.gates[gate])
+    return bool(flow.gates) and all(
+        slot[0] == gate and slot not in walk.producers for gate in flow.gates for slot in walk.gates[gate]
+    )
 
 
 def _aligned(labels: Tensor, shape: Sequence[int]) -> Tensor:

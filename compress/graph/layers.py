@@ -103,6 +103,17 @@ def linear(walk: Walk, node: fx.Node, x: Any, weight: Any, bias: Any = None) -> 
     return dense(walk, node.meta["val"].shape, x, weight, bias)
 
 
+@rule(aten.embedding.default)
+def embedding(walk: Walk, node: fx.Node, weight: Any, indices: Any, *_: Any, **__: Any) -> Flow:
+    """A table of vectors, picked by their numbers."""
+    if not isinstance(weight, Weight | Kernel) or len(weight.shape) < 2:
+        return computed(walk, node, "embedding in a computed table", weight, indices)
+    walk.freeze(walk.as_flow(indices).labels, "numbers of positions")
+    made, shape = walk.new(weight.shape[1]), node.meta["val"].shape
+    gates = walk.produce(layer_of(weight), [(weight, 1)], made)
+    return _made(along_only(made, len(shape) - 1, shape), gates, weight)
+
+
 def dense(
     walk: Walk,
     shape: Sequence[int],
@@ -121,8 +132,12 @@ def dense(
         inputs: that of the two along which it reads channels; the other makes them.
     """
     layer, axis = layer_of(weight), axis % x.labels.dim()
-    walk.use(weight, prod(shape) / shape[axis])
-    if any(dim != axis for dim in varying(x.labels)):
+    others = [dim for dim in varying(x.labels) if dim != axis]
+    positions = prod(shape) / shape[axis]
+    if not others:
+        walk.use(weight, positions)
+    else:
+        walk.multiply_along(positions * weight.shape.numel(), x.labels, others)
         # It mixes positions, or the channels of each head by themselves; its own slices stay.
         walk.whole(x.labels, axis, "linear layer over one of several channel axes", same=True)
         if isinstance(weight, Kernel):

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from compress.graph.elementwise import summed
 from compress.graph.flows import Flow
 from compress.graph.labels import blank, compact, varying
 from compress.graph.rules import aten, rule
@@ -29,6 +30,7 @@ def resized(walk: Walk, x: Flow, shape: Sequence[int], reason: str) -> Tensor:
     *(aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec),
     *(aten.upsample_nearest2d.default, aten.upsample_bilinear2d.default, aten.upsample_bicubic2d.default),
     *(aten.upsample_nearest1d.vec, aten.upsample_linear1d.vec, aten.upsample_trilinear3d.vec),
+    *(aten._upsample_nearest_exact1d.vec, aten._upsample_nearest_exact2d.vec, aten._upsample_nearest_exact3d.vec),
     *(aten.upsample_nearest3d.vec, aten._upsample_bilinear2d_aa.vec, aten._upsample_bicubic2d_aa.vec),
 )
 def pool(walk: Walk, node: fx.Node, x: Any, *_: Any, **__: Any) -> Flow:
@@ -36,10 +38,20 @@ def pool(walk: Walk, node: fx.Node, x: Any, *_: Any, **__: Any) -> Flow:
     return x.moved(resized(walk, x, node.meta["val"].shape, "pooling or resizing over channels"))
 
 
-@rule(aten.adaptive_max_pool2d.default, aten.max_pool2d_with_indices.default)
+@rule(
+    *(aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default),
+    *(aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default),
+)
 def pool_with_indices(walk: Walk, node: fx.Node, x: Flow, *_: Any, **__: Any) -> tuple[Flow, Flow]:
-    values, indices = node.meta["val"]
-    return x.moved(resized(walk, x, values.shape, "pooling over channels")), walk.unlabelled(indices.shape)
+    result = x.moved(resized(walk, x, node.meta["val"][0].shape, "pooling over channels"))
+    return result, result.applied(keeps_zero=False)
+
+
+@rule(aten.grid_sampler.default)
+def sample(walk: Walk, node: fx.Node, x: Any, grid: Any, *_: Any) -> Flow:
+    x = walk.as_flow(x)
+    walk.freeze(walk.as_flow(grid).labels, "places at which another activation is sampled")
+    return x.moved(resized(walk, x, node.meta["val"].shape, "sampling over channels"))
 
 
 @rule(aten.pad.default, aten.constant_pad_nd.default)
@@ -97,7 +109,8 @@ def summed_over(walk: Walk, name: str, x: Flow, axes: Sequence[int]) -> Flow:
 
 @rule(
     *(aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default),
-    *(aten.mean.default, aten.sum.default, aten.logsumexp.default, aten.prod.dim_int, *NORMS, *DEVIATIONS),
+    *(aten.mean.default, aten.sum.default, *NORMS, *DEVIATIONS),
+    *(aten.logsumexp.default, aten.prod.dim_int, aten.prod.default),
 )
 def reduce(walk: Walk, node: fx.Node, x: Any, *args: Any, **kwargs: Any) -> Flow:
     x = walk.as_flow(x)
@@ -129,18 +142,36 @@ def _reduced(walk: Walk, name: str, x: Flow, axes: Sequence[int], reason: str, *
     return x.moved(labels)
 
 
+@rule(aten.cosine_similarity.default)
+def cosine_similarity(walk: Walk, node: fx.Node, x: Any, y: Any, dim: int = 1, *_: Any) -> Flow:
+    both = summed(walk, walk.as_flow(x), walk.as_flow(y)).applied()
+    reason = "the cosine of a single channel"
+    return _reduced(walk, node.name, both, [dim % both.labels.dim()], reason, exact=True)
+
+
+@rule(aten.topk.default, aten.sort.default)
+def sort(walk: Walk, node: fx.Node, x: Any, *args: Any, **kwargs: Any) -> tuple[Flow, Flow]:
+    x = walk.as_flow(x)
+    position = 1 if node.target is aten.topk.default else 0
+    dim = kwargs.get("dim", args[position] if len(args) > position else -1) % x.labels.dim()
+    walk.whole(x.labels, dim, "channels are sorted")
+    labels = x.labels.narrow(dim, 0, 1).expand(node.meta["val"][0].shape)
+    result = x.moved(labels)
+    return result, result.applied(keeps_zero=False)
+
+
 @rule(aten.max.dim, aten.min.dim)
 def extreme_along(walk: Walk, node: fx.Node, x: Any, dim: int, keepdim: bool = False) -> tuple[Flow, Flow]:
     x = walk.as_flow(x)
-    values, indices = node.meta["val"]
     walk.whole(x.labels, dim % x.labels.dim(), f"{node.target} over channels")
     labels = x.labels.narrow(dim, 0, 1).expand(
         [*x.shape[: dim % x.labels.dim()], 1, *x.shape[dim % x.labels.dim() + 1 :]]
     )
-    return x.moved(labels.reshape(values.shape)), walk.unlabelled(indices.shape)
+    result = x.moved(labels.reshape(node.meta["val"][0].shape))
+    return result, result.applied(keeps_zero=False)
 
 
-@rule(aten.cumsum.default)
+@rule(aten.cumsum.default, aten.cumprod.default)
 def cumulate(walk: Walk, node: fx.Node, x: Any, dim: int, **_: Any) -> Flow:
     x = walk.as_flow(x)
     walk.whole(x.labels, dim % x.labels.dim(), "sums over preceding channels")

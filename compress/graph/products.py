@@ -7,7 +7,6 @@ the heads of an attention layer do, whole heads go, each in both factors, or the
 """
 
 from collections.abc import Callable, Sequence
-from string import ascii_letters
 from typing import Any
 
 from torch import Tensor, fx
@@ -17,7 +16,6 @@ from compress.graph.flows import Flow, Kernel, Weight, gating
 from compress.graph.kernels import settled
 from compress.graph.labels import NO_CHANNEL, compact, spread, varying
 from compress.graph.layers import dense
-from compress.graph.positions import summed_over
 from compress.graph.rules import aten, rule
 from compress.graph.walk import Walk
 
@@ -25,7 +23,7 @@ _REASON = "a product of two activations"
 _KEPT = "attention: a product of two activations, which is kept"
 
 
-class _Factor:
+class Factor:
     """One factor, its labels turned to the axes of the whole product.
 
     Attributes:
@@ -62,7 +60,7 @@ def product(
     flows: Sequence[Flow],
     letters: Sequence[str],
     out: str,
-    counts: Callable[[Sequence["_Factor"], str], bool] = lambda *_: True,
+    counts: Callable[[Sequence[Factor], str], bool] = lambda *_: True,
 ) -> Flow:
     """The product of two activations whose axes have these letters, as in `torch.einsum`.
 
@@ -70,7 +68,7 @@ def product(
         counts: whether it has multiply-adds, given the factors and `out`.
     """
     every = "".join(dict.fromkeys("".join(letters)))
-    first, second = factors = tuple(_Factor(flow, names, every) for flow, names in zip(flows, letters, strict=True))
+    first, second = factors = tuple(Factor(flow, names, every) for flow, names in zip(flows, letters, strict=True))
     if counts(factors, out):
         _count(walk, factors, every)
     for factor in factors:
@@ -102,11 +100,11 @@ def product(
     return _result(walk, factors, out)
 
 
-def _size(factors: Sequence[_Factor], letter: str) -> int:
+def _size(factors: Sequence[Factor], letter: str) -> int:
     return max(factor.sizes.get(letter, 1) for factor in factors)
 
 
-def _tie_heads(walk: Walk, factors: Sequence[_Factor], out: str) -> None:
+def _tie_heads(walk: Walk, factors: Sequence[Factor], out: str) -> None:
     """Leave the channels inside the heads to choose: those of all heads are tied to each other."""
     heads = set(factors[0].sizes) & set(factors[1].sizes) & set(out)
     for factor in factors:
@@ -115,7 +113,7 @@ def _tie_heads(walk: Walk, factors: Sequence[_Factor], out: str) -> None:
             factor.labels = factor.labels.narrow(factor.every.index(letter), 0, 1)
 
 
-def _result(walk: Walk, factors: Sequence[_Factor], out: str) -> Flow:
+def _result(walk: Walk, factors: Sequence[Factor], out: str) -> Flow:
     """The factor with more of the result's axes gives the labels, and either that vanishes the gate."""
     shape = [_size(factors, letter) for letter in out]
     first, second = factors
@@ -134,12 +132,12 @@ def _result(walk: Walk, factors: Sequence[_Factor], out: str) -> Flow:
     return carrier.flow.joined([other.flow], labels).applied(keeps_zero=False) if flow is None else flow.moved(labels)
 
 
-def _width(factor: _Factor, out: str) -> int:
+def _width(factor: Factor, out: str) -> int:
     labels = factor.flow.labels
     return sum(letter in out and dim in varying(labels) for dim, letter in enumerate(factor.sizes))
 
 
-def _count(walk: Walk, factors: Sequence[_Factor], every: str) -> None:
+def _count(walk: Walk, factors: Sequence[Factor], every: str) -> None:
     """Note the product's multiply-adds: a constant times the sizes of the axes that have channels."""
     if not walk.counting:
         return
@@ -153,18 +151,19 @@ def _count(walk: Walk, factors: Sequence[_Factor], every: str) -> None:
     walk.products.append((coefficient, axes))
 
 
-def _flows(walk: Walk, *values: Any) -> list[Flow]:
+def flows_of(walk: Walk, *values: Any) -> list[Flow]:
+    """The values as activations."""
     return [walk.as_flow(value) for value in values]
 
 
 @rule(aten.matmul.default, aten.bmm.default, aten.mm.default)
 def matmul(walk: Walk, node: fx.Node, x: Any, y: Any) -> Flow:
     shape = node.meta["val"].shape
-    if _is_activation(x) and _is_matrix(y):
+    if is_activation(x) and is_matrix(y):
         return dense(walk, shape, x, y, inputs=0)
-    if _is_matrix(x) and _is_activation(y) and len(y.shape) > 1:
+    if is_matrix(x) and is_activation(y) and len(y.shape) > 1:
         return dense(walk, shape, y, x, axis=-2)
-    first, second = _flows(walk, x, y)
+    first, second = flows_of(walk, x, y)
     if first.labels.dim() < 2 or second.labels.dim() < 2:
         walk.freeze(first.labels, _REASON)
         walk.freeze(second.labels, _REASON)
@@ -172,18 +171,19 @@ def matmul(walk: Walk, node: fx.Node, x: Any, y: Any) -> Flow:
     return _batched(walk, node, first, second)
 
 
-def _is_activation(value: Any) -> bool:
+def is_activation(value: Any) -> bool:
+    """Whether it is no parameter, and has channels."""
     return isinstance(value, Flow) and bool((compact(value.labels) != NO_CHANNEL).any())
 
 
-def _is_matrix(value: Any) -> bool:
+def is_matrix(value: Any) -> bool:
     """Whether a layer may have it as its weight."""
     return isinstance(value, Weight | Kernel) and len(value.shape) == 2
 
 
 @rule(aten.addmm.default)
 def add_matmul(walk: Walk, node: fx.Node, added: Any, x: Any, y: Any, *, beta: float = 1, alpha: float = 1) -> Flow:
-    if _is_activation(x) and _is_matrix(y) and isinstance(added, Weight) and len(added.shape) == 1:
+    if is_activation(x) and is_matrix(y) and isinstance(added, Weight) and len(added.shape) == 1:
         return dense(walk, node.meta["val"].shape, x, y, added, inputs=0)
     result = matmul(walk, node, x, y)
     return add(walk, node, result, settled(walk, added, result))
@@ -199,70 +199,9 @@ def _batched(walk: Walk, node: fx.Node, first: Flow, second: Flow) -> Flow:
 
 @rule(aten.baddbmm.default)
 def add_batched_matmul(walk: Walk, node: fx.Node, added: Any, x: Any, y: Any, **_: Any) -> Flow:
-    first, second = _flows(walk, x, y)
+    first, second = flows_of(walk, x, y)
     result = _batched(walk, node, first, second)
     return add(walk, node, result, settled(walk, added, result))
-
-
-@rule(aten.einsum.default)
-def einsum(walk: Walk, node: fx.Node, equation: str, operands: Sequence[Any], **__: Any) -> Flow:
-    shape = node.meta["val"].shape
-    letters, out = _letters(equation, operands, len(shape))
-    if all(len(set(names)) == len(names) for names in (*letters, out)):
-        if len(operands) == 2:
-            layer = _as_layer(walk, shape, operands, letters, out)
-            return layer or product(walk, node, _flows(walk, *operands), letters, out, counts=_contracts)
-        if len(operands) == 1:
-            (x,), (names,) = _flows(walk, *operands), letters
-            kept = [letter for letter in names if letter in out]
-            if len(kept) < len(names):
-                x = summed_over(walk, node.name, x, [names.index(letter) for letter in names if letter not in out])
-            return x.moved(x.labels.permute([kept.index(letter) for letter in out]))
-    reason = f"einsum {equation!r} of a form that has no rule"
-    for flow in _flows(walk, *operands):
-        walk.freeze(flow.labels, reason)
-    return walk.frozen(shape, reason)
-
-
-def _letters(equation: str, operands: Sequence[Any], rank: int) -> tuple[list[str], str]:
-    """The letters of the operands' axes and of the result's, those that "..." stands for written out."""
-    inputs, arrow, out = equation.replace(" ", "").partition("->")
-    names = inputs.split(",")
-    if not arrow:
-        once = (letter for letter in sorted(set(inputs) - {",", "."}) if inputs.count(letter) == 1)
-        out = ("..." if "." in inputs else "") + "".join(once)
-    free = [letter for letter in ascii_letters if letter not in equation]
-    ranks = [len(operand.shape) for operand in operands]
-    found = []
-    for some, axes in zip([*names, out], [*ranks, rank], strict=True):
-        hidden = axes - len(some.replace("...", ""))
-        found.append(some.replace("...", "".join(reversed(free[:hidden]))))  # aligned at their right ends
-    return found[:-1], found[-1]
-
-
-def _as_layer(
-    walk: Walk, shape: Sequence[int], operands: Sequence[Any], letters: Sequence[str], out: str
-) -> Flow | None:
-    """An activation times a matrix, with one axis in common, which the matrix' other axis replaces."""
-    for x, weight, names, own in ((*operands, *letters), (*reversed(operands), *reversed(letters))):
-        if _is_activation(x) and _is_matrix(weight):
-            inputs = next((position for position in (0, 1) if own[position] in names), 0)
-            read, made = own[inputs], own[1 - inputs]
-            if read in names and made not in names and sorted(names.replace(read, made)) == sorted(out):
-                before = names.replace(read, made)
-                size_of = dict(zip(out, shape, strict=True))
-                flow = dense(
-                    walk, [size_of[letter] for letter in before], x, weight, inputs=inputs, axis=names.index(read)
-                )
-                return flow.moved(flow.labels.permute([before.index(letter) for letter in out]))
-    return None
-
-
-def _contracts(factors: Sequence[_Factor], out: str) -> bool:
-    """Whether einsum makes a matrix product of it; otherwise it multiplies element by element."""
-    first, second = factors
-    both = (first.sizes.keys() & second.sizes.keys()) - set(out)
-    return any(first.sizes[letter] > 1 and second.sizes[letter] > 1 for letter in both)
 
 
 @rule(aten.scaled_dot_product_attention.default)
@@ -279,7 +218,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Flow:
-    query, key, value = _flows(walk, query, key, value)
+    query, key, value = flows_of(walk, query, key, value)
     if enable_gqa:  # several heads of queries share one of keys and values, and go together
         key, value = (_repeated(flow, query.shape[-3]) for flow in (key, value))
     leading = "abcdefgh"[: query.labels.dim() - 2]

@@ -7,8 +7,8 @@ adds one:
     def mirror(walk, node, x):
         return x.moved(x.labels.flip(-1))
 
-The rules stand in `elementwise`, `shapes`, `positions`, `norms`, `layers`, `products` and `kernels`, which `operators`
-loads.
+The rules stand in `elementwise`, `shapes`, `positions`, `norms`, `layers`, `products`, `contractions` and `kernels`,
+which `operators` loads.
 """
 
 from collections.abc import Callable

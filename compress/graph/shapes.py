@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from compress.graph.elementwise import combine
 from compress.graph.flows import Flow
-from compress.graph.labels import NO_CHANNEL, compact, spread, varying
+from compress.graph.labels import NO_CHANNEL, along_only, compact, spread, varying
 from compress.graph.rules import applied, aten, rule
 from compress.graph.walk import Walk
 
@@ -72,6 +72,23 @@ def pixel_shuffle(walk: Walk, node: fx.Node, x: Flow, factor: int) -> Flow:
     else:
         made = channels.repeat_interleave(factor * factor)
     return x.moved(spread(made.view(*[1] * (len(shape) - 3), -1, 1, 1), shape))
+
+
+@rule(aten.channel_shuffle.default, aten.native_channel_shuffle.default)
+def channel_shuffle(walk: Walk, node: fx.Node, x: Any, groups: int) -> Flow:
+    x = walk.as_flow(x)
+    rows = walk.along(x.labels, 1).view(groups, -1)
+    walk.grid(rows)
+    return x.moved(along_only(rows.t().flatten(), 1, x.shape))
+
+
+@rule(aten.glu.default)
+def gated_linear_unit(walk: Walk, node: fx.Node, x: Any, dim: int = -1) -> Flow:
+    """One half times the sigmoid of the other: what vanishes with the first half does."""
+    x = walk.as_flow(x)
+    first, second = x.labels.chunk(2, dim)
+    walk.together(first, second)
+    return x.moved(spread(first, first.shape))
 
 
 @rule(*SPLITS)

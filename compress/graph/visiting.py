@@ -112,7 +112,13 @@ def _see_change(node: fx.Node, changed: Flow, values: dict[fx.Node, Any]) -> Non
     """What an operator changes in place is seen through every tensor of the same storage: views, and their base."""
     flow = values[node]
     if isinstance(flow, Flow):
-        values[node] = replace(flow, gates=flow.gates | changed.gates, vanishes=flow.vanishes and changed.vanishes)
+        values[node] = replace(
+            flow,
+            gates=flow.gates | changed.gates,
+            vanishes=flow.vanishes and changed.vanishes,
+            linear=flow.linear and changed.linear,
+            left=flow.left + changed.left,
+        )
 
 
 def _storage(node: Any) -> int | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Literal
 
 from torch import Tensor
@@ -233,6 +234,12 @@ class Walk(Partition):
         if self.counting:
             share = weight.shape.numel() / weight.elements if isinstance(weight, Kernel) else 1
             self.uses[weight.name] += positions * share / self.batch
+
+    def multiply_along(self, count: float, labels: Tensor, dims: Sequence[int]) -> None:
+        """`count` multiply-adds of the whole batch, as many at every position along these dimensions."""
+        if self.counting:
+            share = count / (prod(labels.shape[dim] for dim in dims) * self.batch)
+            self.products.append((share, [compact(labels).movedim(dim, 0).flatten(1)[:, 0] for dim in dims]))
 
     # --- what users ask for ---------------------------------------------------------------------------------------
 
