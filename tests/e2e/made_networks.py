@@ -1,4 +1,4 @@
-"""Networks of a few kilobytes for other tasks than classification, as a user's own, and images with boxes."""
+"""Networks of a few kilobytes, as a user's own, for what the digits' do not show, and images with boxes."""
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,17 @@ class SegmentationNet(nn.Module):
 
 def net(num_classes: int = 2) -> nn.Module:
     return SegmentationNet(num_classes)
+
+
+def transformer(num_classes: int = 2) -> nn.Module:
+    """torchvision's vision transformer with two layers of four heads, for images of 32 pixels."""
+    from torchvision.models import VisionTransformer
+
+    network = VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=64, num_classes=num_classes
+    )
+    nn.init.normal_(network.heads.head.weight, std=0.1)  # torchvision begins with zeros, which give no gradients
+    return network
 
 
 def detector(num_classes: int = 3) -> nn.Module:
