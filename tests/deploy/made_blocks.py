@@ -13,7 +13,7 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, 2)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return self.proj(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
