@@ -134,7 +134,7 @@ def described(model: nn.Module, graph: ChannelGraph, settings: PruneSection) -> 
             }
             for rule in graph.attributes
         ],
-        "channels": {"removable": _removable(graph), "all": _all_channels(model, graph)},
+        "channels": {"removable": graph.removable, "all": _all_channels(model, graph)},
         "macs": {"now": macs.cost(graph.widths), "narrowest": macs.cost(narrowest)},
     }
 
@@ -168,16 +168,6 @@ def _narrowest(group: Group, settings: PruneSection) -> int:
 def _hint(reason: str, settings: PruneSection) -> str | None:
     hint = next((hint for pattern, hint in HINTS if re.search(pattern, reason)), None)
     return None if hint == _EMBEDDING and settings.embedding else hint
-
-
-def _removable(graph: ChannelGraph) -> int:
-    """Output channels of layers that stand in a group."""
-    return sum(
-        len(part.positions)
-        for group in graph.groups.values()
-        for part in group.slices
-        if (part.tensor, part.dim) in group.filters
-    )
 
 
 def _all_channels(model: nn.Module, graph: ChannelGraph) -> int:

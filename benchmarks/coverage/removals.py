@@ -32,16 +32,6 @@ def output_channels(model: nn.Module) -> int:
     return sum(width for module in model.modules() for width in _widths(module))
 
 
-def removable_channels(graph: ChannelGraph) -> int:
-    """How many of those stand in a group."""
-    return sum(
-        len(part.positions)
-        for group in graph.groups.values()
-        for part in group.slices
-        if (part.tensor, part.dim) in group.filters
-    )
-
-
 def _widths(module: nn.Module) -> list[int]:
     if isinstance(module, nn.modules.conv._ConvNd):
         return [module.out_channels]

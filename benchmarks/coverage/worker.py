@@ -21,7 +21,7 @@ from benchmarks.coverage import rows
 from benchmarks.coverage.building import OneOutput, built, calibrated, images, own_bytes
 from benchmarks.coverage.checks import PARITY, RUNTIME, WrongResultError, finite, run
 from benchmarks.coverage.meter import Meter
-from benchmarks.coverage.removals import output_channels, random_removals, removable_channels
+from benchmarks.coverage.removals import output_channels, random_removals
 from benchmarks.coverage.rows import Graph, LeftOut, Request, Row, Share
 from benchmarks.coverage.zeroing import relative_error, zeroed
 from benchmarks.harness.counters import macs, parameters
@@ -191,7 +191,7 @@ def described(model: nn.Module, graph: ChannelGraph) -> Graph:
         layers.setdefault(frozen.reason, []).extend(frozen.layers)
     return Graph(
         groups=len(graph.groups),
-        removable=removable_channels(graph),
+        removable=graph.removable,
         channels=output_channels(model),
         left_out=tuple(
             LeftOut(reason=reason, layers=len(set(names)), first=tuple(dict.fromkeys(names))[:_NAMES_KEPT])

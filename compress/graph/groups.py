@@ -194,6 +194,16 @@ class ChannelGraph:
         """Group name -> number of channels now."""
         return {name: group.width for name, group in self.groups.items()}
 
+    @property
+    def removable(self) -> int:
+        """Output channels of layers that stand in a group."""
+        return sum(
+            len(part.positions)
+            for group in self.groups.values()
+            for part in group.slices
+            if (part.tensor, part.dim) in group.filters
+        )
+
     def copy(self) -> ChannelGraph:
         """A graph from which channels can be removed while this one stays as it is."""
         return replace(self, groups=dict(self.groups), sizes=dict(self.sizes))

@@ -12,7 +12,7 @@ from benchmarks.coverage.__main__ import main
 from benchmarks.coverage.building import randomised
 from benchmarks.coverage.catalogue import SETS, chosen
 from benchmarks.coverage.limits import ended, worked
-from benchmarks.coverage.removals import kept_width, output_channels, random_removals, removable_channels
+from benchmarks.coverage.removals import kept_width, output_channels, random_removals
 from benchmarks.coverage.rows import Failure, Request, Row, Share, Stage, read_row, write_row
 from benchmarks.coverage.table import memory_beyond, page, seconds, summary_lines
 from benchmarks.coverage.zeroing import relative_error, zeroed
@@ -157,7 +157,7 @@ def test_removal_equals_zeroing_and_zeroing_differs_from_nothing() -> None:
     graph = trace(model, images[:1])
     removals = random_removals(graph, 0.5, seed=0)
     assert [len(gone) for gone in removals.values()] == [8]
-    assert (removable_channels(graph), output_channels(model)) == (16, 21)
+    assert (graph.removable, output_channels(model)) == (16, 21)
     dense, reference = model(images), zeroed(model, graph, removals)(images)
     graph.remove_from(model, removals)
     assert relative_error(model(images), reference) < 1e-5

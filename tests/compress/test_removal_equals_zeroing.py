@@ -1,7 +1,5 @@
 """The network after physical removal equals the dense one with the removed channels zeroed."""
 
-import copy
-
 import pytest
 import torch
 import torchvision
@@ -11,6 +9,7 @@ from odd_blocks import ODD_BLOCKS
 from random_nets import BLOCKS, Spec, build, inputs, randomised, specs
 from torch import Tensor, nn
 
+from benchmarks.coverage.zeroing import relative_error, zeroed
 from compress.graph import ChannelGraph, trace
 from compress.removal import keep_slices, kept_slices
 
@@ -25,25 +24,6 @@ def random_removals(graph: ChannelGraph, seed: int) -> dict[str, Tensor]:
         count = int(torch.randint(0, width, (), generator=generator))
         removals[name] = torch.randperm(width, generator=generator)[:count]
     return removals
-
-
-def zeroed(model: nn.Module, graph: ChannelGraph, removals: dict[str, Tensor]) -> nn.Module:
-    """A copy in which the gates of the channels are 0; where that leaves a residue, what the consumers read of them."""
-    result = copy.deepcopy(model)
-    parameters = dict(result.named_parameters())
-    for name, channels in removals.items():
-        group = graph.groups[name]
-        parts = {(part.tensor, part.dim): part for part in group.gates}
-        if group.residue is not None:
-            slots = set(group.readers)
-            parts = {(part.tensor, part.dim): part for part in group.slices if (part.tensor, part.dim) in slots}
-        for (tensor, dim), part in parts.items():
-            parameters[tensor].data.index_fill_(dim, part.of(channels), 0)
-    return result
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float(((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).detach())
 
 
 @quick
