@@ -98,6 +98,7 @@ COVERED = {
         "timm.models.efficientformer.Attention",
         "timm.models.efficientformer_v2.Attention2d",
         "timm.models.efficientformer_v2.Attention2dDownsample",
+        "timm.models.efficientvit_msra.CascadedGroupAttention",
         "timm.models.levit.Attention",
         "timm.models.levit.AttentionDownsample",
         "timm.models.tiny_vit.Attention",

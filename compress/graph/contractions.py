@@ -11,7 +11,7 @@ from compress.graph.layers import dense
 from compress.graph.positions import summed_over
 from compress.graph.products import Factor, flows_of, is_activation, is_matrix, product
 from compress.graph.rules import aten, rule
-from compress.graph.walk import Walk
+from compress.graph.walk import Walk, place_of
 
 
 @rule(aten.einsum.default)
@@ -26,7 +26,7 @@ def einsum(walk: Walk, node: fx.Node, equation: str, operands: Sequence[Any], **
             (x,), (names,) = flows_of(walk, *operands), letters
             kept = [letter for letter in names if letter in out]
             if len(kept) < len(names):
-                x = summed_over(walk, node.name, x, [names.index(letter) for letter in names if letter not in out])
+                x = summed_over(walk, place_of(node), x, [names.index(letter) for letter in names if letter not in out])
             return x.moved(x.labels.permute([kept.index(letter) for letter in out]))
     reason = f"einsum {equation!r} of a form that has no rule"
     for flow in flows_of(walk, *operands):

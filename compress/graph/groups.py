@@ -172,7 +172,7 @@ class ChannelGraph:
         products: multiply-adds of one image in products of activations, as the groups' widths decide them.
         trail: the operators, with the channels at every place; empty once the graph stood its trial.
         other_macs: multiply-adds of one image that are neither in `uses` nor in `products`.
-        operators_without_rule: operator -> the nodes of the exported graph at which it stands.
+        operators_without_rule: operator -> the nodes of the recorded graph at which it stands.
         attributes: what the forward pass reads from attributes and must follow a removal.
         grouped: layers that are grouped convolutions or group normalisations; with one channel left in every group, or
             one group left, the shape no longer tells them from depthwise ones, or from layer normalisations.

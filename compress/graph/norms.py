@@ -8,7 +8,7 @@ from compress.graph.flows import Flow, Weight
 from compress.graph.labels import varying
 from compress.graph.layers import computed, layer_of
 from compress.graph.rules import aten, rule
-from compress.graph.walk import Walk
+from compress.graph.walk import Walk, place_of
 
 _OTHERS = "over channels: removing a channel changes the statistics of the others"
 
@@ -64,7 +64,7 @@ def _over_last(walk: Walk, node: fx.Node, x: Flow, count: int, weight: Any, bias
         return computed(walk, node, f"{operator} with computed parameters", x, weight, bias)
     dims = range(x.labels.dim() - count, x.labels.dim())
     over = [dim for dim in dims if dim in varying(x.labels)]
-    layer = node.name if weight is None else layer_of(weight)
+    layer = place_of(node) if weight is None else layer_of(weight)
     if varying(x.labels) != [x.labels.dim() - 1] or count > 1:
         # Every head, or every position, is normalised by itself, with parameters that they share.
         for dim in over:
@@ -82,7 +82,7 @@ def group_norm(walk: Walk, node: fx.Node, x: Flow, groups: int, weight: Any = No
     if not isinstance(weight, Weight | None) or not isinstance(bias, Weight | None):
         return computed(walk, node, "group_norm with computed parameters", x, weight, bias)
     channels = walk.along(x.labels, 1)
-    layer = node.name if weight is None else layer_of(weight)
+    layer = place_of(node) if weight is None else layer_of(weight)
     if groups == 1 and layer not in walk.grouped:
         walk.mixes(x, [1], layer, f"group_norm {_OTHERS}")
     else:

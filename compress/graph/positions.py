@@ -10,7 +10,7 @@ from compress.graph.elementwise import summed
 from compress.graph.flows import Flow
 from compress.graph.labels import blank, compact, varying
 from compress.graph.rules import aten, rule
-from compress.graph.walk import Walk
+from compress.graph.walk import Walk, place_of
 
 
 def resized(walk: Walk, x: Flow, shape: Sequence[int], reason: str) -> Tensor:
@@ -121,7 +121,7 @@ def reduce(walk: Walk, node: fx.Node, x: Any, *args: Any, **kwargs: Any) -> Flow
     )
     x = x if node.target in _LINEAR else x.applied(keeps_zero=node.target not in (*DEVIATIONS, aten.logsumexp.default))
     reason = f"{node.target} over channels depends on their number"
-    result = _reduced(walk, node.name, x, axes, reason, exact=_is_exact(node, *args, **kwargs))
+    result = _reduced(walk, place_of(node), x, axes, reason, exact=_is_exact(node, *args, **kwargs))
     return result.moved(result.labels.reshape(node.meta["val"].shape))
 
 
@@ -146,7 +146,7 @@ def _reduced(walk: Walk, name: str, x: Flow, axes: Sequence[int], reason: str, *
 def cosine_similarity(walk: Walk, node: fx.Node, x: Any, y: Any, dim: int = 1, *_: Any) -> Flow:
     both = summed(walk, walk.as_flow(x), walk.as_flow(y)).applied()
     reason = "the cosine of a single channel"
-    return _reduced(walk, node.name, both, [dim % both.labels.dim()], reason, exact=True)
+    return _reduced(walk, place_of(node), both, [dim % both.labels.dim()], reason, exact=True)
 
 
 @rule(aten.topk.default, aten.sort.default)

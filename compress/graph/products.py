@@ -17,7 +17,7 @@ from compress.graph.kernels import settled
 from compress.graph.labels import NO_CHANNEL, compact, spread, varying
 from compress.graph.layers import dense
 from compress.graph.rules import aten, rule
-from compress.graph.walk import Walk
+from compress.graph.walk import Walk, place_of
 
 _REASON = "a product of two activations"
 _KEPT = "attention: a product of two activations, which is kept"
@@ -81,7 +81,7 @@ def product(
     summed = set(every) - set(out)
     if len(summed) == 1 and first.channels == second.channels == summed:
         walk.together(first.labels, second.labels)
-        walk.read(node.name, gating([first.flow, second.flow]) or first.flow)
+        walk.read(place_of(node), gating([first.flow, second.flow]) or first.flow)
         return walk.unlabelled([_size(factors, letter) for letter in out])
     for factor in factors:
         for letter in sorted(factor.channels & summed):

@@ -56,9 +56,8 @@ class Skeleton:
             memo[id(parameter)] = nn.Parameter(shape_of(parameter), parameter.requires_grad)
         for buffer in model.buffers():
             memo[id(buffer)] = shape_of(buffer)
-        for module in model.modules():  # computed before, as by hooks; such a tensor cannot be copied
-            computed = (value for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf)
-            memo.update((id(value), shape_of(value)) for value in computed)
+        for tensor in _computed(model):  # it cannot be copied
+            memo[id(tensor)] = shape_of(tensor)
         fake = pytree.tree_map_only(Tensor, shape_of, tuple(inputs))
         try:
             return cls(copy.deepcopy(model, memo).eval(), mode, fake)
@@ -131,6 +130,17 @@ class Skeleton:
         # Two images, for normalisation in training mode refuses a single value per channel.
         with self.mode:
             return pytree.tree_map_only(Tensor, lambda x: torch.cat([x, x]) if x.dim() else x, self.inputs)
+
+
+def _computed(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors with a history that modules keep, as a hook or a cache leaves them."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name not in _OF_EVERY_MODULE and isinstance(value, Tensor | dict | list | tuple):
+                yield from (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and not leaf.is_leaf)
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 class _Inside:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from compress.errors import InputError
 from compress.graph.comparison import Step
@@ -273,6 +273,11 @@ class Walk(Partition):
                 "layers of equal width can be tied."
             )
         self.together(*made)
+
+
+def place_of(node: fx.Node) -> str:
+    """The module in whose forward pass an operator is called; the operator's own name in that of the model itself."""
+    return node.meta["module"] or node.name
 
 
 def slot_of(weight: Weight | Kernel, dim: int) -> tuple[str, int] | None:

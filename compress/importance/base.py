@@ -46,8 +46,18 @@ class Minibatch:
 
     @property
     def images(self) -> int:
-        """Number of images: the length of the first tensor among the inputs."""
-        return next(len(leaf) for leaf in pytree.tree_leaves(self.inputs) if isinstance(leaf, Tensor) and leaf.dim())
+        """Number of images: the length of the first tensor, or of the first list of images (C, H, W), among the inputs.
+
+        Raises:
+            WorkError: there is neither.
+        """
+        for value in self.inputs:
+            if isinstance(value, list | tuple) and all(isinstance(one, Tensor) and one.dim() == 3 for one in value):
+                return len(value)
+            for leaf in pytree.tree_leaves(value):
+                if isinstance(leaf, Tensor) and leaf.dim():
+                    return len(leaf)
+        raise WorkError("no tensor is among the inputs of the minibatch.")
 
 
 def register(name: str) -> Callable[[I], I]:

@@ -220,3 +220,23 @@ def test_pruned_modules_export_for_any_batch(name: str) -> None:
     inputs = tuple(torch.cat((each, each.flip(0))) for each in inputs)
     y, expected = program.module()(*inputs, *case.more), module(*inputs, *case.more)
     same(y[0] if isinstance(y, tuple) else y, expected[0] if isinstance(expected, tuple) else expected)
+
+
+def test_a_cascade_of_heads_keeps_its_heads_and_loses_keys_of_each() -> None:
+    models = pytest.importorskip("timm.models.efficientvit_msra")
+    dense = models.CascadedGroupAttention(8, 2, num_heads=2, attn_ratio=2, resolution=3, kernels=(3, 3))
+    randomized(dense)  # of which the module's own train returns None
+    images = torch.randn(2, 8, 3, 3, dtype=torch.float64)
+    expected = copy.deepcopy(dense)
+    with torch.no_grad():
+        expected.qkvs[1].conv.weight[[0, 2]] = 0  # channel 0 of its queries and of its keys
+        expected.qkvs[1].bn.bias[[0, 2]] = 0
+        expected.dws[1].bn.bias[0] = 0
+        expected.qkvs[1].bn.running_mean[[0, 2]] = expected.dws[1].bn.running_mean[0] = 0
+    rows, one = torch.tensor([1, 3, 4, 5, 6, 7]), torch.tensor([1])
+    cuts = {("qkvs.1.conv.weight", 0): rows, ("dws.1.conv.weight", 0): one}
+    for tensor in ("weight", "bias", "running_mean", "running_var"):
+        cuts |= {(f"qkvs.1.bn.{tensor}", 0): rows, (f"dws.1.bn.{tensor}", 0): one}
+    keep_slices(dense, cuts)
+    same(dense(images), expected(images))
+    assert (dense.dws[1].conv.groups, dense.qkvs[1].conv.out_channels) == (1, 6)

@@ -1,5 +1,7 @@
 """What all criteria share: needs, options, averages, removals, and the sentences when they cannot score a model."""
 
+from typing import Any
+
 import pytest
 import torch
 from gates_by_hand import assert_scores, minibatch, prepared, scores_of
@@ -12,7 +14,7 @@ from torch.nn import functional as F
 
 from compress.errors import InputError, WorkError
 from compress.graph import trace
-from compress.importance import Importance, build, criteria, criterion
+from compress.importance import Importance, Minibatch, build, criteria, criterion
 
 # --- options and registry --------------------------------------------------------------------------------------------
 
@@ -46,6 +48,24 @@ def test_a_criterion_that_runs_the_network_asks_for_the_minibatch(name: str) -> 
     model, graph = prepared(Residual)
     with pytest.raises(WorkError, match=f"The criterion {name} runs the network by itself: give pruner.step"):
         build(name, model, graph).observe()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "images"),
+    [
+        ((torch.zeros(4, 3, 8, 8),), 4),
+        ((torch.tensor(0.5), {"pixels": torch.zeros(5, 3, 8, 8)}), 5),
+        (([torch.zeros(3, 8, 9), torch.zeros(3, 9, 8)], [{"boxes": torch.zeros(6, 4)}] * 2), 2),  # a detector's
+        (((torch.zeros(7, 3, 8, 8), torch.zeros(7, 2)),), 7),
+    ],
+)
+def test_images_of_a_minibatch_are_counted(inputs: tuple[Any, ...], images: int) -> None:
+    assert Minibatch(inputs, torch.sum).images == images
+
+
+def test_a_minibatch_without_a_tensor_has_no_images() -> None:
+    with pytest.raises(WorkError, match="no tensor is among the inputs"):
+        _ = Minibatch(("text",), torch.sum).images
 
 
 def test_options_have_the_types_of_their_defaults() -> None:

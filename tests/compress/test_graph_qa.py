@@ -427,6 +427,13 @@ def test_weight_norm_by_hooks() -> None:
 
 def test_a_model_that_cannot_be_copied() -> None:
     model = nn.Sequential(conv(3, 4), conv(4, 2))
-    model[0].memory = [model[0].weight * 2]
+    model[0].memory = {model[0].weight * 2}  # a set, into which the search for such tensors does not look
     with pytest.raises(InputError, match="cannot be copied"):
         trace(model, IMAGE.float())
+
+
+def test_a_cache_with_a_history_is_no_obstacle() -> None:
+    model = nn.Sequential(conv(3, 4), conv(4, 2))
+    model[0].cache = {"cpu": [model[0].weight * 2]}
+    assert trace(model, IMAGE.float()).widths == {"0": 4}
+    assert model[0].cache["cpu"][0].grad_fn is not None

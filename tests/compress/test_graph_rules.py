@@ -486,6 +486,20 @@ def test_channels_behind_an_unequal_slice_can_go() -> None:
     assert "over channels" in reasons(graph)["a"]
 
 
+class ResponseNorm(nn.Module):
+    """As in ConvNeXt V2 (arXiv 2301.00808, algorithm 1), over axis 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        norms = x.norm(dim=(2, 3), keepdim=True)
+        return x + x * norms / (norms.mean(1, keepdim=True) + 1e-6)
+
+
+def test_a_mixing_operator_without_parameters_is_named_by_its_module() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), ResponseNorm(), nn.Conv2d(4, 2, 1))
+    assert "aten.mean.dim over channels depends on their number" in reasons(trace(model, IMAGE))["0"]
+    assert trace(model, IMAGE, embedding=True).groups["0"].mixed == "1"
+
+
 @pytest.mark.parametrize("quarter", [4, 8])
 def test_unequal_split_by_shape_removes_the_same_of_every_quarter(quarter: int) -> None:
     """The cut at a quarter of the width stays in its place when every quarter loses the same channels."""
