@@ -155,10 +155,22 @@ def _goes(group: Group, graph: ChannelGraph, *, attention: str | None) -> str:
     """What one channel of the group is: of an attention layer a head, or a channel of every head."""
     if max(group.copies, default=1) == 1:
         return "channels"
-    if attention is not None:
-        return "heads" if attention == "heads" else "head channels"
+    if attention == "widths":
+        return "head channels"
+    if attention == "heads" and _in_blocks(group):
+        return "heads"
     layers = {part.tensor.rpartition(".")[0] for part in group.slices}
     return "grouped channels" if layers & graph.grouped else "channels"
+
+
+def _in_blocks(group: Group) -> bool:
+    """Whether neighbouring rows of a producer go together, as those of a head do."""
+    for part in group.slices:
+        if (part.tensor, part.dim) in group.filters:
+            owner = dict(zip(part.positions.tolist(), part.channels.tolist(), strict=True))
+            if any(owner.get(position + 1) == channel for position, channel in owner.items()):
+                return True
+    return False
 
 
 def _narrowest(group: Group, settings: PruneSection) -> int:

@@ -68,6 +68,10 @@ class TestBlock:
         assert list(found["operators_without_rule"]) == ["aten.linalg_matrix_exp.default"]
         assert [one["attribute"] for one in found["attributes"]] == ["attn.num_heads"]
 
+    def test_a_query_its_key_and_its_value_are_a_channel_and_no_head(self) -> None:
+        (group,) = inspected("tests.deploy.made_blocks:one_head")["groups"]
+        assert (group["goes"], group["width"], group["producers"][0]["rows"]) == ("channels", 4, 3)
+
     def test_counts(self) -> None:
         found = inspected()
         assert found["channels"] == {"removable": 24 + 16, "all": 8 + 24 + 8 + 16 + 8 + 3 + 5}
