@@ -86,7 +86,7 @@ class _Peer:
         with self.meter.stage(rows.COMPARISON):
             theirs = as_sets(second_opinion.dependency_groups(self.model, (image,)))
             ours = as_sets(trace(self.model, image, **row.request.trace))
-        row.equal_groups = ours == theirs
+        row.equal_groups, row.contained = ours == theirs, theirs <= ours
         if not row.equal_groups:
             row.difference = _difference(ours, theirs)
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from compress.graph import elementwise, positions, shapes
 from compress.graph.flows import Flow, Kernel, Weight
-from compress.graph.labels import NO_CHANNEL, blank, compact, spread, varying
+from compress.graph.labels import NO_CHANNEL, blank, compact, reshaped, spread, varying
 from compress.graph.rules import RULES, applied, aten, kernel_rule
 from compress.graph.walk import Rule, Walk
 
@@ -59,7 +59,7 @@ def move(walk: Walk, node: fx.Node, kernel: Kernel, *args: Any, **kwargs: Any) -
 
 @of_kernel(*shapes.VIEWS)
 def view(walk: Walk, node: fx.Node, kernel: Kernel, *_: Any, **__: Any) -> Kernel:
-    return _each(kernel, node, lambda labels: labels.reshape(node.meta["val"].shape))
+    return _each(kernel, node, lambda labels: reshaped(labels, node.meta["val"].shape))
 
 
 @of_kernel(aten.expand_as.default)
@@ -152,7 +152,7 @@ def _over(walk: Walk, node: fx.Node, kernel: Kernel, over: set[int], shape: Any 
             labels = blank(labels.shape)
         for dim in over:
             labels = labels.narrow(dim, 0, 1)
-        axes.append(spread(labels.reshape(shape), shape))
+        axes.append(spread(reshaped(labels, shape), shape))
     return replace(kernel, axes=tuple(axes), shape=shape, linear=False)
 
 

@@ -5,6 +5,7 @@ its channels, not for its pixels.
 """
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -23,12 +24,28 @@ def compact(labels: Tensor) -> Tensor:
 
 def spread(labels: Tensor, shape: Sequence[int]) -> Tensor:
     """Expand to `shape` after making stride 0 every axis along which the labels turn out to be equal."""
+    size = labels.untyped_storage().nbytes()
     for dim in range(labels.dim()):
         if labels.shape[dim] > 1 and labels.stride(dim) != 0:
             first = labels.narrow(dim, 0, 1)
             if bool((labels == first).all()):
                 labels = first
+    labels = compact(labels)
+    if labels.nbytes < size // 2:  # let go of the rest, as a reshape has copied it
+        labels = labels.clone()
     return labels.expand(tuple(shape))
+
+
+def reshaped(labels: Tensor, shape: Sequence[int]) -> Tensor:
+    """`labels.reshape(shape)`, without a copy for every position along an axis that stays as it is."""
+    narrow, sizes = labels, list(shape)
+    for dim, size in enumerate(labels.shape):
+        if size > 1 and labels.stride(dim) == 0:
+            for other in range(len(shape)):
+                if shape[other] == size and prod(shape[:other]) == prod(labels.shape[:dim]):
+                    narrow, sizes[other] = narrow.narrow(dim, 0, 1), 1
+                    break
+    return narrow.reshape(sizes).expand(tuple(shape))
 
 
 def varying(labels: Tensor) -> list[int]:

@@ -38,6 +38,8 @@ _PER_CHANNEL = (OPTYPE.BN, OPTYPE.IN)
 _KEEPS_NOTHING = ("sigmoid", "softplus", "exp", "log", "cos", "rsqrt", "reciprocal")
 """Parts of the names of autograd nodes whose output at 0 is not 0; `ExpandBackward` moves data and is none of them."""
 
+_OUTSIDE = "Torch-Pruning's positions lie outside the tensor"
+
 
 def trace(model: nn.Module, example_inputs: Tensor | Sequence[Any], *, ignore: Sequence[str] = ()) -> ChannelGraph:
     """Find the channel groups of `model` by Torch-Pruning; the arguments and the result are those of `graph.trace`.
@@ -227,24 +229,27 @@ class _Translation:
         """Join the positions along a node's tensors with the channels of the group's root."""
         source = f"{self._names[id(root)]}.weight"
         lead = self.walk.bindings[source, 1 if getattr(root, "transposed", False) else 0]
+        if max(roots, default=0) >= len(lead):
+            self.walk.freeze(lead, _OUTSIDE)
+            return
         channels = lead[torch.tensor(roots)]
         if reason := _reason(node):
             self.walk.freeze(channels, reason)
         if id(node.module) not in self._names:
             return
         places, groups = torch.tensor(positions), getattr(node.module, "groups", 1)
+        grouped = groups > 1 and node.type == OPTYPE.CONV
         for slot in self._slots(node, into=into):
             labels = self.walk.bindings[slot]
             along = places
-            if groups > 1 and node.type == OPTYPE.CONV:
+            if bool((places >= len(labels) * (groups if grouped and into else 1)).any()):
+                self.walk.freeze(channels, _OUTSIDE)
+                continue
+            if grouped:
                 # Every group of a grouped convolution loses the same positions, so that the groups stay of one size.
-                size = len(labels) if into else len(labels) // groups
-                along = places % size
+                along = places % (len(labels) if into else len(labels) // groups)
                 if not into:
                     self.walk.join(labels[places], labels[along])
-            elif bool((along >= len(labels)).any()):
-                self.walk.freeze(channels, "Torch-Pruning's positions lie outside the tensor")
-                continue
             self._reached[slot][along if into else places] = True
             self.walk.join(labels[along], channels)
 

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from compress.graph.elementwise import combine
 from compress.graph.flows import Flow
-from compress.graph.labels import NO_CHANNEL, along_only, compact, spread, varying
+from compress.graph.labels import NO_CHANNEL, along_only, compact, reshaped, spread, varying
 from compress.graph.rules import applied, aten, rule
 from compress.graph.walk import Walk
 
@@ -51,7 +51,7 @@ def expand_as(walk: Walk, node: fx.Node, x: Any, other: Any) -> Flow:
 @rule(*VIEWS)
 def reshape(walk: Walk, node: fx.Node, x: Any, *_: Any, **__: Any) -> Flow:
     x = walk.as_flow(x)
-    labels = x.labels.reshape(node.meta["val"].shape)
+    labels = reshaped(x.labels, node.meta["val"].shape)
     labels = spread(labels, labels.shape)
     if len(varying(labels)) > max(1, len(varying(x.labels))):
         walk.grid(labels)

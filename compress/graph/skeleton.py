@@ -53,7 +53,9 @@ class Skeleton:
 
         memo: dict[int, Any] = {}
         for parameter in model.parameters():
-            memo[id(parameter)] = nn.Parameter(shape_of(parameter), parameter.requires_grad)
+            shape = shape_of(parameter).requires_grad_(parameter.requires_grad)
+            shape._is_param = True  # as nn.Parameter marks subclasses, without its copy
+            memo[id(parameter)] = shape
         for buffer in model.buffers():
             memo[id(buffer)] = shape_of(buffer)
         for tensor in _computed(model):  # it cannot be copied

@@ -131,6 +131,16 @@ def test_model_that_export_refuses(branching: nn.Module) -> None:
     assert branching(image.expand(2, -1, -1, -1)).shape == (2, 5)
 
 
+def test_positions_outside_a_tensor_freeze_its_group() -> None:
+    """Of EfficientViT's linear attention Torch-Pruning loses count of the channels."""
+    attention = pytest.importorskip("timm.models.efficientvit_mit").LiteMLA(16, 16, heads=2, dim=8)
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), attention, nn.Conv2d(16, 2, 1)).eval()
+    image = torch.rand(1, 3, 4, 4)
+    graph = second_opinion.dependency_groups(model, (image,))
+    assert as_sets(graph) == as_sets(trace(model, image))
+    assert Frozen(("1.qkv.conv",), "Torch-Pruning's positions lie outside the tensor") in graph.frozen
+
+
 def test_ignore(branching: nn.Module) -> None:
     graph = second_opinion.trace(branching, torch.rand(1, 3, 4, 4), ignore=["b"])
     assert list(graph.groups) == ["a"]
