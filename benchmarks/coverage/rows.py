@@ -100,7 +100,9 @@ class Row(Record):
     macs: int | None = None
     graph: Graph | None = None
     equal_groups: bool | None = Field(default=None, description="Whether both sides found the same groups.")
-    contained: bool | None = Field(default=None, description="Whether all of the other side's groups are ours too.")
+    contained: bool | None = Field(
+        default=None, description="Whether all groups that the other side removed channels from are ours too."
+    )
     difference: str | None = Field(
         default=None, description="Groups that only one side found, or why none are compared."
     )

@@ -171,7 +171,7 @@ def _against(rows: Sequence[Row], theirs: Mapping[str, Row]) -> str:
         )
     title = (
         f"Against Torch-Pruning: right on {right} of {len(table) - 1} models; on {equal} of these its groups are ours, "
-        f"on {more} we find more"
+        f"on {more} all that it removes channels from"
     )
     return _markdown(title, table)
 

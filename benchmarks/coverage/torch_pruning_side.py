@@ -45,6 +45,7 @@ class _Peer:
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
+        self.removed: list[Gone] = []
         self.images = images(2, meter.row.request.size, meter.row.request.seed)
 
     def prepare(self) -> None:
@@ -71,6 +72,7 @@ class _Peer:
                 record.add(group)
                 group.prune()
         into.removed = 1 - output_channels(model) / output_channels(self.model)
+        self.removed.append(record.gone())
         if self.meter.wanted("parity"):
             with self.meter.stage("parity"):
                 into.parity = finite(relative_error(run(model, self.images), self._reference(record)))
@@ -86,9 +88,22 @@ class _Peer:
         with self.meter.stage(rows.COMPARISON):
             theirs = as_sets(second_opinion.dependency_groups(self.model, (image,)))
             ours = as_sets(trace(self.model, image, **row.request.trace))
-        row.equal_groups, row.contained = ours == theirs, theirs <= ours
+        row.equal_groups = ours == theirs
+        row.contained = {group for group in theirs if self._went(group)} <= ours
         if not row.equal_groups:
             row.difference = _difference(ours, theirs)
+
+    def _went(self, group: frozenset[tuple[str, int, frozenset[int]]]) -> bool:
+        """Whether channels of the group were removed: it passes over groups that its pruner cannot cut."""
+        for tensor, dim, positions in group:
+            name = tensor.rpartition(".")[0]
+            out_dim = (
+                1 if getattr(self.model.get_submodule(name), "transposed", False) and tensor.endswith("weight") else 0
+            )
+            side = "out" if dim == out_dim else "in"
+            if any(positions & set(gone.get((name, side), torch.empty(0)).tolist()) for gone in self.removed):
+                return True
+        return False
 
     def _pruner(self, model: nn.Module, share: float) -> Any:
         torch.manual_seed(self.meter.row.request.seed)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from compress.graph.flows import Flow, Kernel, Weight
-from compress.graph.labels import along_only, first_along, varying
+from compress.graph.labels import along_only, blank, first_along, varying
 from compress.graph.rules import aten, rule
 from compress.graph.walk import Walk
 
@@ -132,6 +132,8 @@ def dense(
         inputs: that of the two along which it reads channels; the other makes them.
     """
     layer, axis = layer_of(weight), axis % x.labels.dim()
+    if axis not in varying(x.labels) and walk.stays(x.labels):
+        x = replace(x, labels=blank(x.labels.shape))  # of a stream that stays, as where an MLP mixes its tokens
     others = [dim for dim in varying(x.labels) if dim != axis]
     positions = prod(shape) / shape[axis]
     if not others:
@@ -139,9 +141,14 @@ def dense(
     else:
         walk.multiply_along(positions * weight.shape.numel(), x.labels, others)
         # It mixes positions, or the channels of each head by themselves; its own slices stay.
-        walk.whole(x.labels, axis, "linear layer over one of several channel axes", same=True)
+        reason = "linear layer over one of several channel axes"
+        walk.whole(x.labels, axis, reason, same=True)
         if isinstance(weight, Kernel):
             walk.stuck(weight, "a computed weight that mixes positions")
+        else:
+            made = walk.new(shape[axis])
+            walk.produce(layer, [(weight, 1 - inputs), (bias, 0)], made)
+            walk.freeze(made, reason)
         mixed = first_along(x.labels, axis).narrow(axis, 0, 1).expand(tuple(shape))
         return replace(x, labels=mixed, vanishes=x.vanishes and bias is None)
     walk.consume(layer, weight, inputs, x, walk.along(x.labels, axis))

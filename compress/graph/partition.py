@@ -76,6 +76,12 @@ class Partition:
         if len(labels):
             self._frozen.append((labels, reason))
 
+    def stays(self, labels: Tensor) -> bool:
+        """Whether each of these channels has been frozen by name; those tied to them are not looked for."""
+        if not self._frozen:
+            return False
+        return bool(torch.isin(_named(labels), torch.cat([frozen for frozen, _ in self._frozen])).all())
+
     def mix(self, labels: Tensor, layer: str) -> None:
         """`layer` mixes these channels: without one of them the others have other values."""
         self._mixed.append((_named(labels), layer))

@@ -82,7 +82,7 @@ def test_a_model_on_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert theirs.equal_groups
     text = (tmp_path / "coverage.md").read_text()
     assert f"| {HERE}:tiny | 64 | 1 | 76% |" in text
-    assert "right on 1 of 1 models; on 1 of these its groups are ours, on 0 we find more" in text
+    assert "right on 1 of 1 models; on 1 of these its groups are ours, on 0 all that" in text
 
 
 def test_rows_are_kept_until_something_else_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,6 +170,28 @@ def test_what_a_norm_mixes_goes_by_option_and_is_marked(norm: nn.Module) -> None
     assert positions(graph, "a")["norm.weight", 0] == [[0], [1], [2], [3]]
 
 
+def test_an_mlp_over_tokens_loses_hidden_channels_while_the_stream_stays() -> None:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.z = nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)
+            self.up, self.down = nn.Linear(5, 6), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return self.z(x + self.down(self.up(self.norm(x).mT).relu()).mT)
+
+    graph = trace(Mixer(), TOKENS)
+    hidden = [[0], [1], [2], [3], [4], [5]]
+    assert positions(graph, "up") == {("up.weight", 0): hidden, ("up.bias", 0): hidden, ("down.weight", 1): hidden}
+    assert graph.groups["up"].exact
+    assert list(reasons(graph)) == ["a", "down", "z"]
+    stream = trace(Mixer(), TOKENS, embedding=True)
+    assert stream.widths == {"a": 4}
+    assert reasons(stream)["up"] == reasons(stream)["down"] == "linear layer over one of several channel axes"
+    assert cost_model("macs", Mixer(), stream).cost({"a": 4}) == 5 * 3 * 4 + 2 * 4 * 5 * 6 + 5 * 4 * 2
+
+
 def test_groups_of_a_group_norm_go_as_wholes_and_exactly() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
