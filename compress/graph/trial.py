@@ -11,7 +11,7 @@ from torch import nn
 
 from compress.attributes import AttributeRule, set_values
 from compress.errors import InputError, WorkError, first_line
-from compress.graph.attributes import RUNS, WALKS, Kind, attributes_read, candidates, reached, search
+from compress.graph.attributes import OPERATORS, RUNS, WALKS, Kind, attributes_read, candidates, reached, search
 from compress.graph.bisection import culprits
 from compress.graph.comparison import GONE, NONE, compare
 from compress.graph.groups import ChannelGraph
@@ -118,7 +118,8 @@ class Trial:
             first = fit(some, *removals[0])
             return first if first < _THROUGH else first + fit(some, *removals[1])
 
-        needed = search(list(kinds), score, 2 * _THROUGH, RUNS) if kinds else set()
+        runs = min(RUNS, OPERATORS // max(1, len(self.graph.trail.steps)))
+        needed = search(list(kinds), score, 2 * _THROUGH, runs) if kinds else set()
         return tuple(sorted((rule for kind in needed for rule in kinds[kind]), key=lambda rule: str(rule.attribute)))
 
     def _with_siblings(self, broken: dict[str, str]) -> dict[str, str]:
