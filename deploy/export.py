@@ -9,6 +9,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, nn
@@ -92,6 +93,7 @@ def export_onnx(
     for node in program.model.graph.all_nodes():
         for key in _PRIVATE_NODE_KEYS:
             node.metadata_props.pop(key, None)
+    _keep_padding_before_pools(program.model.graph)
     program.model.metadata_props.update(entries)
     _write(program, path)
     return path
@@ -163,6 +165,30 @@ def _keep_prediction(program: torch.onnx.ONNXProgram, name: str) -> None:
     graph.outputs[:] = chosen
     RemoveUnusedNodesPass()(program.model)
     chosen[0].name = OUTPUT_NAME
+
+
+def _keep_padding_before_pools(graph: ir.Graph) -> None:
+    """Let zeros before a maximum be -0.0.
+
+    ONNX Runtime (1.31, its Pad_Fusion) makes such zeros the pool's own padding, which counts as no value, so that
+    the maximum at the border changes where everything in the window is negative. It does so for zeros of all bits 0.
+    """
+    for node in graph.all_nodes():
+        mode = node.attributes.get_string("mode", "constant")
+        if (
+            node.op_type != "Pad"
+            or mode != "constant"
+            or not any(use.node.op_type == "MaxPool" for use in node.outputs[0].uses())
+        ):
+            continue
+        given = node.inputs[2] if len(node.inputs) > 2 else None
+        if given is not None and given.const_value is not None and not given.const_value.numpy().any():
+            zero = ir.tensor(-given.const_value.numpy(), name=f"{given.name}.{node.outputs[0].name}")
+            value = ir.Value(name=zero.name, shape=given.shape, type=given.type, const_value=zero)
+            graph.register_initializer(value)
+            node.replace_input_with(2, value)
+            if not given.uses():
+                del graph.initializers[str(given.name)]
 
 
 def _detects(model: nn.Module, images: torch.Tensor) -> bool:

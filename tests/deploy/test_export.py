@@ -144,6 +144,22 @@ class OddAttention(nn.Module):
         return (plain + inside).mean(1)
 
 
+@pytest.mark.parametrize("value", [0.0, -2.0])
+def test_zeros_padded_before_a_maximum_stay_values(value: float, tmp_path: Path) -> None:
+    """As in BiT's stem: what the pool sees is negative but for the border, where a pool pads with nothing."""
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ConstantPad2d(1, value), nn.MaxPool2d(3, 2), nn.Flatten())
+    nn.init.constant_(model[0].bias, -100.0)
+    path = export_onnx(model.eval(), tmp_path / "pool.onnx", image_shape=(3, 8, 8))
+    images = torch.randn(2, 3, 8, 8)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"images": images.numpy()})
+    expected = model(images).detach().numpy()
+    assert (expected == value).any()
+    np.testing.assert_allclose(logits, expected, rtol=1e-5)
+    graph = onnx.load(path).graph
+    assert {tensor.name for tensor in graph.initializer} == {name for node in graph.node for name in node.input[1:]}
+
+
 def test_attention_on_other_than_four_axes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, images = OddAttention().eval(), torch.randn(3, 3, 4, 4)
