@@ -174,12 +174,8 @@ def _keep_padding_before_pools(graph: ir.Graph) -> None:
     the maximum at the border changes where everything in the window is negative. It does so for zeros of all bits 0.
     """
     for node in graph.all_nodes():
-        mode = node.attributes.get_string("mode", "constant")
-        if (
-            node.op_type != "Pad"
-            or mode != "constant"
-            or not any(use.node.op_type == "MaxPool" for use in node.outputs[0].uses())
-        ):
+        constant = node.op_type == "Pad" and node.attributes.get_string("mode", "constant") == "constant"
+        if not constant or not any(use.node.op_type == "MaxPool" for use in node.outputs[0].uses()):
             continue
         given = node.inputs[2] if len(node.inputs) > 2 else None
         if given is not None and given.const_value is not None and not given.const_value.numpy().any():
