@@ -23,7 +23,7 @@ from compress.removal import SHAPE_UPDATES, Slot
 RATIOS = tuple(Fraction(*pair) for pair in ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (3, 1), (4, 1)))
 """What an attribute may be of a size, the likeliest first; also the number of channels that a size belongs to."""
 
-RUNS, OPERATORS, WALKS = 100, 30_000, 24
+LEAST_RUNS, MOST_RUNS, OPERATORS, WALKS = 20, 100, 30_000, 24
 """How many forward passes, operators in all of them, and walks one search may take, so that a hopeless one ends: an
 operator on fake tensors takes some 0.1 ms, a walk through a large network 1 s."""
 

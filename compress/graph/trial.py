@@ -11,7 +11,17 @@ from torch import nn
 
 from compress.attributes import AttributeRule, set_values
 from compress.errors import InputError, WorkError, first_line
-from compress.graph.attributes import OPERATORS, RUNS, WALKS, Kind, attributes_read, candidates, reached, search
+from compress.graph.attributes import (
+    LEAST_RUNS,
+    MOST_RUNS,
+    OPERATORS,
+    WALKS,
+    Kind,
+    attributes_read,
+    candidates,
+    reached,
+    search,
+)
 from compress.graph.bisection import culprits
 from compress.graph.comparison import GONE, NONE, compare
 from compress.graph.groups import ChannelGraph
@@ -118,7 +128,7 @@ class Trial:
             first = fit(some, *removals[0])
             return first if first < _THROUGH else first + fit(some, *removals[1])
 
-        runs = min(RUNS, OPERATORS // max(1, len(self.graph.trail.steps)))
+        runs = max(LEAST_RUNS, min(MOST_RUNS, OPERATORS // len(self.graph.trail.steps)))
         needed = search(list(kinds), score, 2 * _THROUGH, runs) if kinds else set()
         return tuple(sorted((rule for kind in needed for rule in kinds[kind]), key=lambda rule: str(rule.attribute)))
 

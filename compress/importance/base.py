@@ -52,8 +52,9 @@ class Minibatch:
             WorkError: there is neither.
         """
         for value in self.inputs:
-            if isinstance(value, list | tuple) and all(isinstance(one, Tensor) and one.dim() == 3 for one in value):
-                return len(value)
+            images = value if isinstance(value, list | tuple) else ()
+            if images and all(isinstance(one, Tensor) and one.dim() == 3 for one in images):
+                return len(images)
             for leaf in pytree.tree_leaves(value):
                 if isinstance(leaf, Tensor) and leaf.dim():
                     return len(leaf)
