@@ -1,4 +1,4 @@
-"""The channel groups of any model, found by running labels through its exported ATen graph."""
+"""The channel groups of any model, found by running labels through its recorded operators."""
 
 from compress.graph.custom import custom_layer
 from compress.graph.groups import ChannelGraph, Frozen, Group, Producer, Slices

@@ -9,7 +9,7 @@ Fails = Callable[[Sequence[str]], bool]
 
 
 def culprits(names: Sequence[str], fails: Fails) -> list[str]:
-    """The names because of which `fails(names)` is true: each that fails alone, found by halving.
+    """The names because of which `fails(names)` is true: each that fails alone, found by halving down to a few.
 
     Where a set fails and neither of its halves does, all of the set is named. Empty when `fails(names)` is false.
     """

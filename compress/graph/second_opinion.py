@@ -1,4 +1,4 @@
-"""Channel groups from Torch-Pruning's DependencyGraph: a second opinion, and a way for models that resist torch.export.
+"""Channel groups from Torch-Pruning's DependencyGraph: a second opinion, and a way for models that resist our capture.
 
 Torch-Pruning follows autograd's graph and takes every operator that it does not know for an elementwise one. Its groups
 are therefore put to a trial with numbers (`compress.graph.numeric_trial`), and a group that fails is frozen.

@@ -1,4 +1,4 @@
-"""Integer labels run through a model's exported ATen graph: which channels depend on which, and through which slices.
+"""Integer labels run through a model's recorded operators: which channels depend on which, and through which slices.
 
 Every activation is represented by an integer tensor of the activation's own shape whose elements name the channel
 that they belong to. Operators that move data move the labels alike; operators that combine data join the labels of
